@@ -1,0 +1,27 @@
+"""Errors that a user can cause. The commands print their text as one line and exit with code 2."""
+
+
+class UserError(Exception):
+    """Something the user gave cannot be used; the message says what, where, and what to do.
+
+    Examples
+    --------
+    >>> str(UserError("no such folder: /data; set DATA_PATH to a store"))
+    'no such folder: /data; set DATA_PATH to a store'
+    """
+
+
+class ConfigError(UserError):
+    """A field of the configuration is unknown or has an unusable value."""
+
+
+class StoreError(UserError):
+    """A store's file is missing, damaged, or does not agree with another file of the store."""
+
+
+class HierarchyError(UserError):
+    """A matrix is not the reachability matrix of a directed acyclic graph."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint cannot be read, or does not belong to the given data."""
