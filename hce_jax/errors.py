@@ -6,9 +6,12 @@ class UserError(Exception):
 
     Examples
     --------
-    >>> str(UserError("no such folder: /data; set DATA_PATH to a store"))
-    'no such folder: /data; set DATA_PATH to a store'
+    >>> str(UserError("no such folder: /data\\n(a library's own words); set DATA_PATH to a store"))
+    "no such folder: /data (a library's own words); set DATA_PATH to a store"
     """
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.split()))  # one line, also where it quotes a library's message
 
 
 class ConfigError(UserError):

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int, Key
 
-__all__ = ["Array", "AnyArray", "Bool", "Float", "Int", "Key", "PRECISIONS", "Precision", "resolve_precision"]
+__all__ = ["PRECISIONS", "AnyArray", "Array", "Bool", "Float", "Int", "Key", "Precision", "resolve_precision"]
 
 Array = jax.Array
 AnyArray = jax.Array | np.ndarray

@@ -1,12 +1,12 @@
 """The models: each a file with its config dataclass and its Flax NNX module.
 
-A model is called as ``model(x, train=..., key=...)`` and returns the logits and an auxiliary loss (a scalar that the
-training objective adds; zero where the model has none). ``train=True`` uses and updates batch statistics and needs the
-random ``key`` where the model draws numbers.
+A model is called as ``model(x, train=..., key=...)`` and returns the logits (b, c) and an auxiliary loss (b,), one
+value per cell, whose mean the objective adds (TabNet's mask sparsity; zero elsewhere). ``train=True`` uses and updates
+batch statistics and needs the random ``key`` where the model draws numbers.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from flax import nnx
@@ -18,7 +18,7 @@ from hce_jax.typing import Precision
 __all__ = ["MODELS", "Linear", "LinearConfig", "build_model", "model_config"]
 
 #: model_type -> (its config, its module). To add a model: one file, one line here, one config file, one test.
-MODELS: dict[str, tuple[type, type[nnx.Module]]] = {
+MODELS: dict[str, tuple[type, Callable[..., nnx.Module]]] = {
     "linear": (LinearConfig, Linear),
 }
 

@@ -1,0 +1,1 @@
+"""Configurations of runs; ``common.py`` has every field."""

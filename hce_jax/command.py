@@ -1,0 +1,57 @@
+"""What every command shares: flags, and a user's mistake as one line and exit code 2."""
+
+import logging
+import re
+import sys
+from collections.abc import Callable
+
+from absl import flags
+
+from hce_jax.errors import ConfigError, UserError
+
+
+def run(main: Callable[[], None]) -> None:
+    """Parse the command line's absl flags, run ``main``, and exit.
+
+    Exit codes: 0 done, 2 a user's mistake (one line on standard error), 1 anything else, 130 interrupted.
+
+    Examples
+    --------
+    >>> if __name__ == "__main__":  # doctest: +SKIP
+    ...     run(main)
+    """
+    logging.getLogger("absl").setLevel(logging.WARNING)
+    try:
+        _parse_flags()
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _parse_flags() -> None:
+    if {"--help", "-h", "-help"} & set(sys.argv[1:]):
+        print(sys.modules["__main__"].__doc__, flags.FLAGS.main_module_help(), sep="\n")
+        sys.exit(0)
+    try:
+        rest = flags.FLAGS(sys.argv)[1:]
+        if "config" in flags.FLAGS:
+            getattr(flags.FLAGS.config, "to_dict", None)  # only now ml_collections tells that a file was not readable
+    except flags.Error as error:
+        raise ConfigError(str(error)) from error
+    except (AttributeError, KeyError) as error:  # ml_collections: an override of a field that the configuration lacks
+        raise ConfigError(_unknown_field(str(error))) from error
+    except (OSError, ImportError, SyntaxError) as error:  # ml_collections: the file behind --config
+        raise ConfigError(f"the configuration file cannot be read: {' '.join(str(error).split())}") from error
+    if rest:
+        raise ConfigError(f"unexpected argument {rest[0]!r}; flags are written --name=value (see --help)")
+
+
+def _unknown_field(message: str) -> str:
+    field, near = re.search(r"'(\w+)", message), re.search(r"Did you mean \W*(\w+)", message)
+    name = f" {field[1]!r}" if field else ""
+    remedy = f"did you mean {near[1]!r}?" if near else "configs/common.py lists the fields"
+    return f"the configuration has no field{name}; {remedy}"

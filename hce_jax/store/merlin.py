@@ -1,0 +1,162 @@
+"""The published "merlin" store: one folder of parquet parts per split, expression as dense float32 lists."""
+
+import dataclasses
+import math
+import re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import scipy.sparse as sp
+
+from hce_jax.errors import StoreError
+from hce_jax.store.block import Block
+from hce_jax.store.schema import EXPRESSION_COLUMN, LABEL_COLUMN, SPLITS, SideFiles
+
+_PART = re.compile(r"part\.(\d+)\.parquet")
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """One split of a merlin store: a list of blocks, which are the row groups of its parts in numeric order.
+
+    Attributes
+    ----------
+    name
+        train, val or test.
+    side
+        The side files of its store.
+    row_groups
+        For each block its part, the number of the row group in it, and its cells.
+    """
+
+    name: str
+    side: SideFiles
+    row_groups: tuple[tuple[Path, int, int], ...]
+
+    @property
+    def block_sizes(self) -> np.ndarray:
+        """Cells of each block, (n_blocks,) int64."""
+        return np.array([size for _, _, size in self.row_groups], dtype=np.int64)
+
+    @property
+    def n_cells(self) -> int:
+        """Cells of the split."""
+        return int(self.block_sizes.sum())
+
+    def read_block(self, index: int, columns: tuple[str, ...] = (LABEL_COLUMN,)) -> Block:
+        """Read one block with its expression and the named columns.
+
+        Raises
+        ------
+        StoreError
+            If the part is damaged, an X has the wrong length, or a code has no entry in its lookup.
+        """
+        part, row_group, _ = self.row_groups[index]
+        try:
+            # The file is opened anew for each block: a parquet reader must not be shared between threads.
+            table = pq.ParquetFile(part).read_row_group(row_group, columns=[EXPRESSION_COLUMN, *columns])
+        except (OSError, pa.ArrowException) as error:
+            raise StoreError(f"{part} is damaged: row group {row_group} cannot be read ({error})") from error
+        codes = {name: table[name].combine_chunks().to_numpy() for name in columns}
+        for name, values in codes.items():
+            _check_codes(part, name, values.min().item(), values.max().item(), self.side)
+        return Block(_sparse_rows(table[EXPRESSION_COLUMN], part, self.side.n_genes), codes)
+
+
+def _sparse_rows(column: pa.ChunkedArray, part: Path, n_genes: int) -> sp.csr_array:
+    lists = column.combine_chunks()
+    lengths = np.diff(lists.offsets.to_numpy())
+    if lists.null_count or not (lengths == n_genes).all():
+        wrong = "an empty X" if lists.null_count else f"an X of length {lengths[lengths != n_genes][0]}"
+        raise StoreError(f"{part} holds {wrong}, but var.parquet names {n_genes} genes")
+    dense = lists.flatten().to_numpy(zero_copy_only=False).astype(np.float32, copy=False).reshape(-1, n_genes)
+    return sp.csr_array(dense)
+
+
+def _check_codes(part: Path, column: str, lowest: int, highest: int, side: SideFiles) -> None:
+    size = side.lookup_sizes.get(column)
+    if size is not None and not 0 <= lowest <= highest < size:
+        outside = lowest if lowest < 0 else highest
+        raise StoreError(f"{part} has the {column} code {outside}, but {column}.parquet has the codes 0 to {size - 1}")
+
+
+def _check_part(part: Path, side: SideFiles) -> list[tuple[Path, int, int]]:
+    """Check what the part's footer tells, without reading cells, and list its row groups."""
+    try:
+        with pq.ParquetFile(part) as file:
+            schema, meta = file.schema_arrow, file.metadata
+    except (OSError, pa.ArrowException) as error:
+        raise StoreError(f"{part} is truncated or not a parquet file ({error})") from error
+    for column in (EXPRESSION_COLUMN, LABEL_COLUMN):
+        if column not in schema.names:
+            raise StoreError(f"{part} lacks the column {column!r}; it has {', '.join(schema.names)}")
+    if not pa.types.is_list(schema.field(EXPRESSION_COLUMN).type):
+        raise StoreError(f"{part} has X of type {schema.field(EXPRESSION_COLUMN).type}, not a list of floats")
+    leaves = [meta.schema.column(i).path.split(".")[0] for i in range(meta.num_columns)]
+    x, label = leaves.index(EXPRESSION_COLUMN), leaves.index(LABEL_COLUMN)
+    groups = []
+    for index in range(meta.num_row_groups):
+        group = meta.row_group(index)
+        if group.column(x).num_values != group.num_rows * side.n_genes:
+            length = group.column(x).num_values / max(group.num_rows, 1)
+            raise StoreError(f"{part} holds X of length {length:g}, but var.parquet names {side.n_genes} genes")
+        statistics = group.column(label).statistics
+        if statistics is not None and statistics.has_min_max:
+            _check_codes(part, LABEL_COLUMN, statistics.min, statistics.max, side)
+        groups.append((part, index, group.num_rows))
+    return groups
+
+
+class MerlinStore:
+    """The published store, opened and checked.
+
+    Opening reads the side files and the footer of every part. Parts sort by their number, columns are found by name;
+    ``_metadata`` files are not needed.
+
+    Parameters
+    ----------
+    side
+        Its side files.
+
+    Raises
+    ------
+    StoreError
+        From :meth:`split`, if a part is damaged or does not agree with the side files.
+
+    Examples
+    --------
+    >>> from hce_jax.store import open_store
+    >>> open_store("store").split("train").n_cells  # doctest: +SKIP
+    15240192
+    """
+
+    def __init__(self, side: SideFiles):
+        self.side = side
+
+    def has_split(self, name: str) -> bool:
+        """Tell whether the store has cells of this split."""
+        return bool(self._parts(name))
+
+    def _parts(self, name: str) -> list[Path]:
+        found = (self.side.path / name).glob("part.*.parquet")
+        numbered = [(int(match[1]), path) for path in found if (match := _PART.fullmatch(path.name))]
+        return [path for _, path in sorted(numbered)]
+
+    def split(self, name: str, sub_sample_frac: float = 1.0) -> Split:
+        """Return the blocks of ``train``, ``val`` or ``test``, or of the first ceil(fraction x parts) of its parts."""
+        if name not in SPLITS:
+            raise ValueError(f"a split is one of {', '.join(SPLITS)}, not {name!r}")
+        folder = self.side.path / name
+        parts = self._parts(name)
+        if not parts:
+            raise StoreError(f"{folder} holds no part.N.parquet; the store lacks its {name} split")
+        parts = parts[: math.ceil(sub_sample_frac * len(parts))]
+        with ThreadPoolExecutor(max_workers=16) as pool:  # footers are small: on a network disk this is waiting time
+            groups = [group for part in pool.map(lambda part: _check_part(part, self.side), parts) for group in part]
+        groups = [group for group in groups if group[2]]
+        if not groups:
+            raise StoreError(f"the {name} split in {folder} is empty")
+        return Split(name, self.side, tuple(groups))

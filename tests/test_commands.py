@@ -1,0 +1,129 @@
+"""train.py and evaluate.py as a person runs them, in processes of their own."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from stores import LABELS, N_TYPES, write_tiny_store
+
+ROOT = Path(__file__).parents[1]
+FAST = ("--config.batch_size=30", "--config.max_epochs=2", "--config.learning_rate=0.05")
+
+
+def run(cwd, script, *arguments, **environment):
+    return subprocess.run(
+        [sys.executable, str(ROOT / script), *arguments],
+        cwd=cwd,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "DATA_PATH": "", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def train(cwd, *arguments, config="linear_hce", **environment):
+    return run(cwd, "train.py", "--config", str(ROOT / "configs" / f"{config}.py"), *arguments, **environment)
+
+
+@pytest.fixture(scope="module")
+def store_path(tmp_path_factory):
+    return write_tiny_store(tmp_path_factory.mktemp("commands") / "store")
+
+
+@pytest.fixture(scope="module")
+def trained(store_path):
+    done = train(store_path.parent, *FAST, DATA_PATH=str(store_path))
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def one_line_error(done):
+    assert done.returncode == 2, done.stdout + done.stderr
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+def test_training_says_what_it_does_and_what_comes_next(store_path, trained):
+    run_folder = store_path / "tb_logs" / "linear_hierarchical_loss" / "default" / "version_0"
+    assert "90 training and 23 validation cells, 12 genes, 5 cell types" in trained
+    assert "linear, 65 parameters, hierarchical cross entropy, seed 1" in trained  # 12 x 5 + 5
+    assert len(re.findall(r"^epoch +\d+ +train loss [\d.]+ F1 [\d.]+ +val loss", trained, re.MULTILINE)) == 2
+    assert f"next        python evaluate.py --split id --run '{run_folder}'" in trained
+
+
+def test_evaluation_takes_the_newest_run_and_writes_the_metric_files_beside_it(store_path, trained):
+    done = run(store_path.parent, "evaluate.py", "--split", "id", DATA_PATH=str(store_path))
+    assert done.returncode == 0, done.stderr
+    (folder,) = (store_path / "tb_logs/linear_hierarchical_loss/default/version_0/sctab_test").iterdir()
+    (checkpoint,) = (folder.parents[1] / "checkpoints").iterdir()
+    assert folder.name + ".ckpt" == checkpoint.name
+    names = {"linear_overall_metrics.csv", "linear_per_class_metrics.csv", "linear_performance_plot.png"}
+    assert {path.name for path in folder.iterdir()} == names
+    overall = pd.read_csv(folder / "linear_overall_metrics.csv", index_col=0)
+    assert list(overall.index) == ["accuracy", "macro avg", "weighted avg"]
+    assert f"{overall.loc['accuracy', 'f1-score']:.4f}" in done.stdout
+    assert re.search(r"test +macro F1 ([\d.]+)", trained)[1] == f"{overall.loc['macro avg', 'f1-score']:.4f}"
+
+
+def test_evaluation_of_a_named_checkpoint_into_a_named_folder_with_a_subset(store_path, trained, tmp_path):
+    (checkpoint,) = (store_path / "tb_logs").glob("*/default/version_0/checkpoints/*")
+    (tmp_path / "subset.txt").write_text(f"{LABELS[1]}\n4\n")
+    done = run(tmp_path, "evaluate.py", f"--checkpoint={checkpoint}", "--output_dir=out", "--subset_labels=subset.txt")
+    assert done.returncode == 0, done.stderr
+    table = pd.read_csv(tmp_path / "out" / "linear_per_class_metrics.csv", index_col=0)
+    subset = pd.read_csv(tmp_path / "out" / "linear_subset_metrics.csv", index_col=0)
+    assert subset.loc["macro avg", "f1-score"] == pytest.approx(table.loc[[1, 4], "f1-score"].mean())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--config.batch_siz=1",), "no field 'batch_siz'; did you mean 'batch_size'?"),
+        (("--config.quux=1",), "no field 'quux'; configs/common.py lists the fields"),
+        (("--config.batch_size=many",), "--config.batch_size=many: invalid literal for int()"),
+        (("--config.batch_size=91",), "config.batch_size is 91, but the train split has 90 cells"),
+        (("--config.data_path=nowhere",), "the store nowhere does not exist; set DATA_PATH"),
+        (("stray",), "unexpected argument 'stray'"),
+    ],
+)
+def test_a_mistake_on_train_s_command_line_is_one_line_and_exit_2(store_path, arguments, says):
+    assert says in one_line_error(train(store_path.parent, *arguments, DATA_PATH=str(store_path)))
+
+
+def test_a_missing_configuration_is_named(tmp_path):
+    assert "python train.py --config configs/linear_hce.py" in one_line_error(run(tmp_path, "train.py"))
+    absent = one_line_error(run(tmp_path, "train.py", "--config=absent.py"))
+    assert "the configuration file cannot be read" in absent
+    assert "absent.py" in absent
+
+
+def test_a_damaged_part_found_in_mid_epoch_is_one_line_and_exit_2(tmp_path):
+    path = write_tiny_store(tmp_path / "store")
+    part = path / "train" / "part.0.parquet"
+    data = bytearray(part.read_bytes())
+    data[4:300] = bytes(296)
+    part.write_bytes(data)
+    says = one_line_error(train(tmp_path, *FAST, DATA_PATH=str(path)))
+    assert "train/part.0.parquet is damaged: row group" in says
+
+
+def test_evaluation_without_a_run_or_on_a_foreign_store_is_one_line_and_exit_2(store_path, trained, tmp_path):
+    other = write_tiny_store(tmp_path / "other")
+    assert "no trained run under" in one_line_error(run(tmp_path, "evaluate.py", DATA_PATH=str(other)))
+    lookup = other / "categorical_lookup" / "cell_type.parquet"
+    pd.DataFrame({"label": [f"type {i}" for i in range(N_TYPES)]}).to_parquet(lookup)
+    checkpoint = store_path / "tb_logs" / "linear_hierarchical_loss" / "default" / "version_0"
+    foreign = one_line_error(run(tmp_path, "evaluate.py", f"--run={checkpoint}", f"--data_path={other}"))
+    assert "list other cell types: number 0 is 'leukocyte' in the one and 'type 0' in the other" in foreign
+
+
+def test_help_is_shown_with_exit_0(tmp_path):
+    done = run(tmp_path, "evaluate.py", "--help")
+    assert done.returncode == 0
+    assert "--subset_labels" in done.stdout
