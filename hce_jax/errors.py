@@ -2,11 +2,11 @@
 
 
 class UserError(Exception):
-    """Something the user gave cannot be used; the message says what, where, and what to do.
+    r"""Something the user gave cannot be used; the message says what, where, and what to do.
 
     Examples
     --------
-    >>> str(UserError("no such folder: /data\\n(a library's own words); set DATA_PATH to a store"))
+    >>> str(UserError("no such folder: /data\n(a library's own words); set DATA_PATH to a store"))
     "no such folder: /data (a library's own words); set DATA_PATH to a store"
     """
 
