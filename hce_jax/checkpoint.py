@@ -1,9 +1,14 @@
 """Self-contained checkpoints: a trained model with all that inference needs. The only module that knows Orbax."""
 
 import dataclasses
+import gc
 import shutil
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +23,8 @@ from hce_jax.models import build_model
 from hce_jax.runs import resolve_checkpoint
 from hce_jax.store import SideFiles
 from hce_jax.typing import Array, Float, Precision, resolve_precision
+
+Cells: TypeAlias = np.ndarray | sp.csr_array | sp.csr_matrix
 
 FORMAT_VERSION = 1
 NORMALISATION = "sf-log1p: counts scaled to 10,000 a cell over these genes, then ln(1 + x)"
@@ -66,6 +73,27 @@ class ModelCard:
     format_version: int = FORMAT_VERSION
 
 
+@contextmanager
+def _orbax_errors(problem: str) -> Iterator[None]:
+    """Turn an error of Orbax into a CheckpointError, and clear away what Orbax leaves behind.
+
+    When it fails it drops unfinished coroutines, which complain on standard error whenever they are collected: that is
+    done here, silently, while nothing holds on to the error.
+    """
+    try:
+        yield
+        return
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    hook = sys.unraisablehook
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        sys.unraisablehook = lambda _: None
+        gc.collect()
+        sys.unraisablehook = hook
+    raise CheckpointError(f"{problem}: {reason}")
+
+
 def save_model(path: Path, card: ModelCard, reachability: np.ndarray, params: nnx.State, stats: nnx.State) -> None:
     """Write a checkpoint; it appears under its name only when it is complete.
 
@@ -96,10 +124,8 @@ def save_model(path: Path, card: ModelCard, reachability: np.ndarray, params: nn
         "stats": nnx.to_pure_dict(stats),
         "reachability": np.asarray(reachability, np.float32),
     }
-    try:
+    with _orbax_errors(f"the checkpoint {path} could not be written"):
         ocp.save_checkpointables(path.absolute(), {"model": arrays}, custom_metadata=dataclasses.asdict(card))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"the checkpoint {path} could not be written: {error}") from error
 
 
 def delete_checkpoint(path: Path) -> None:
@@ -114,8 +140,36 @@ def delete_checkpoint(path: Path) -> None:
     shutil.rmtree(aside)
 
 
+class Explanation(NamedTuple):
+    """Which genes a model looked at, for each cell; sparse, since a trained mask leaves about 1 % of the genes.
+
+    Attributes
+    ----------
+    importance
+        Importance of each gene (n, g), CSR: the sum over the decision steps of mask times the step's summed output.
+    masks
+        The mask of each decision step (n, g), CSR; each row sums to one.
+    """
+
+    importance: sp.csr_array
+    masks: list[sp.csr_array]
+
+    def normalised(self) -> sp.csr_array:
+        """Return the importance with rows that sum to one; a row without importance stays zero."""
+        totals = self.importance.sum(axis=1)
+        return sp.diags_array(1 / np.where(totals > 0, totals, 1)).tocsr() @ self.importance
+
+    def gene_indices(self) -> list[np.ndarray]:
+        """Return, for each cell, the positions of the genes with an importance above zero."""
+        return np.split(self.importance.indices, self.importance.indptr[1:-1])
+
+
 class Predictor:
     """A trained model, ready for cells.
+
+    The methods take expression x (n, g), sf-log1p, in the model's gene order, dense or CSR, and compute ``batch_size``
+    cells at a time: it bounds the memory, not the result. They raise ``CheckpointError`` if x has another number of
+    genes than the model, or the model cannot do what is asked.
 
     Attributes
     ----------
@@ -145,58 +199,74 @@ class Predictor:
     ):
         self.path, self.card, self.reachability = path, card, reachability
         self.graphdef, self.params, self.stats = graphdef, params, stats
-        self._probabilities = jax.jit(self._softmax)
+        self._apply = jax.jit(self._apply_to_batch, static_argnums=0)
 
     @property
     def model_type(self) -> str:
         """The kind of model: linear, mlp or tabnet."""
         return self.card.config["model_type"]
 
-    def _softmax(self, params: nnx.State, stats: nnx.State, x_bg: Float[Array, "b g"]) -> Float[Array, "b c"]:
-        logits_bc, _ = nnx.merge(self.graphdef, params, stats)(x_bg)
-        return jax.nn.softmax(logits_bc)
-
-    def predict_proba(
-        self, x: np.ndarray | sp.csr_array | sp.csr_matrix, batch_size: int = 2048
-    ) -> Float[np.ndarray, "n c"]:
-        """Return the probability of each cell type for each cell.
-
-        Parameters
-        ----------
-        x
-            Expression (n, g), sf-log1p, in the model's gene order; dense or CSR.
-        batch_size
-            Cells computed at a time: it bounds the memory, not the result.
-
-        Returns
-        -------
-        float32 array (n, c), rows summing to one.
-
-        Raises
-        ------
-        CheckpointError
-            If x has another number of genes than the model.
+    def predict_proba(self, x: Cells, batch_size: int = 2048) -> Float[np.ndarray, "n c"]:
+        """Return the probability of each cell type for each cell, float32, rows summing to one.
 
         Examples
         --------
         >>> predictor.predict_proba(x).shape  # doctest: +SKIP
         (1000, 164)
         """
+        parts = list(self._in_batches(_probabilities, x, batch_size))
+        return np.concatenate(parts) if parts else np.empty((0, len(self.card.labels)), np.float32)
+
+    def embed(self, x: Cells, batch_size: int = 2048) -> Float[np.ndarray, "n h"]:
+        """Return the embedding of each cell: MLP, the last hidden layer; TabNet, the sum of the steps' outputs.
+
+        Examples
+        --------
+        >>> predictor.embed(x).shape  # doctest: +SKIP
+        (1000, 128)
+        """
+        self._require("embed", "an embedding", "MLP and TabNet")
+        return np.concatenate(list(self._in_batches(_embedding, x, batch_size)))
+
+    def explain(self, x: Cells, batch_size: int = 2048) -> Explanation:
+        """Return the importance of the genes for each cell, and the masks of the decision steps (TabNet).
+
+        Examples
+        --------
+        >>> explanation = predictor.explain(x)  # doctest: +SKIP
+        >>> [predictor.card.gene_names[i] for i in explanation.gene_indices()[0]]  # doctest: +SKIP
+        """
+        self._require("explain", "masks", "TabNet")
+        sparse = [
+            jax.tree.map(sp.csr_array, importance_and_masks)
+            for importance_and_masks in self._in_batches(_explanation, x, batch_size)
+        ]
+        importance, masks = zip(*sparse, strict=True)
+        return Explanation(sp.vstack(importance, "csr"), [sp.vstack(step, "csr") for step in zip(*masks, strict=True)])
+
+    def _require(self, method: str, what: str, who: str) -> None:
+        if not hasattr(nnx.merge(self.graphdef, self.params, self.stats), method):
+            raise CheckpointError(f"the {self.model_type} model {self.path} has not {what}; {who} have")
+
+    def _in_batches(self, function: Callable[[nnx.Module, Array], Any], x: Cells, batch_size: int) -> Iterator[Any]:
+        """Apply a function of the model and a batch (b, g); yield what it gives for the real rows, as numpy arrays."""
         n_genes = len(self.card.gene_ids)
         if x.ndim != 2 or x.shape[1] != n_genes:
             raise CheckpointError(
                 f"x has shape {tuple(x.shape)}, but the model {self.path.name} expects (cells, {n_genes} genes)"
             )
-        parts = [
-            self._predict_rows(x[start : start + batch_size], batch_size) for start in range(0, x.shape[0], batch_size)
-        ]
-        return np.concatenate(parts) if parts else np.empty((0, len(self.card.labels)), np.float32)
+        for start in range(0, x.shape[0], batch_size):
+            rows = x[start : start + batch_size]
+            dense = rows if isinstance(rows, np.ndarray) else rows.toarray()
+            padded = np.zeros((batch_size, n_genes), np.float32)  # one shape, one compilation
+            padded[: len(dense)] = dense
+            outputs = self._apply(function, self.params, self.stats, padded)
+            yield jax.tree.map(lambda output: np.asarray(output)[: len(dense)], outputs)  # noqa: B023 (used at once)
 
-    def _predict_rows(self, rows: Any, batch_size: int) -> np.ndarray:
-        dense = rows.toarray() if sp.issparse(rows) else np.asarray(rows)
-        padded = np.zeros((batch_size, dense.shape[1]), np.float32)  # one shape, one compilation
-        padded[: len(dense)] = dense
-        return np.asarray(self._probabilities(self.params, self.stats, padded))[: len(dense)]
+    def _apply_to_batch(
+        self, function: Callable[[nnx.Module, Array], Any], params: nnx.State, stats: nnx.State, x_bg: Array
+    ) -> Any:
+        return function(nnx.merge(self.graphdef, params, stats), x_bg)
 
     def check_store(self, side: SideFiles) -> None:
         """Check that a store has this model's genes and labels, in the same order.
@@ -223,6 +293,18 @@ class Predictor:
                 f"the checkpoint {self.path} and the store {side.path} list other {what}s: "
                 f"number {at} is {ours[at]!r} in the one and {theirs[at]!r} in the other; {remedy}"
             )
+
+
+def _probabilities(model: nnx.Module, x_bg: Array) -> Float[Array, "b c"]:
+    return jax.nn.softmax(model(x_bg)[0])
+
+
+def _embedding(model: nnx.Module, x_bg: Array) -> Float[Array, "b h"]:
+    return model.embed(x_bg)
+
+
+def _explanation(model: nnx.Module, x_bg: Array) -> tuple[Float[Array, "b g"], list[Float[Array, "b g"]]]:
+    return model.explain(x_bg)
 
 
 def load_model(path: str | Path, precision: Precision | None = None) -> Predictor:
@@ -263,20 +345,16 @@ def load_model(path: str | Path, precision: Precision | None = None) -> Predicto
             "reachability": jax.ShapeDtypeStruct((n_types, n_types), jnp.float32),
         },
     )
-    try:
+    with _orbax_errors(f"the checkpoint {path} is damaged"):
         arrays = ocp.load_checkpointables(path.absolute(), {"model": abstract})["model"]
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"the checkpoint {path} is damaged: {str(error).splitlines()[0]}") from error
     nnx.replace_by_pure_dict(params, arrays["params"])
     nnx.replace_by_pure_dict(stats, arrays["stats"])
     return Predictor(path, card, np.asarray(arrays["reachability"]), graphdef, params, stats)
 
 
 def _read_card(path: Path) -> ModelCard:
-    try:
+    with _orbax_errors(f"{path} is not a readable checkpoint"):
         fields = ocp.checkpointables_metadata(path.absolute()).custom_metadata
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path} is not a readable checkpoint: {str(error).splitlines()[0]}") from error
     if not isinstance(fields, dict) or "format_version" not in fields:
         raise CheckpointError(f"{path} is not a checkpoint of hce_jax; name a *.ckpt folder or a version_N folder")
     if fields["format_version"] > FORMAT_VERSION:
