@@ -24,13 +24,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Bool, Float, Int, Key
 
-__all__ = ["Array", "AnyArray", "Bool", "Float", "Int", "Key", "PRECISIONS", "Precision", "resolve_precision"]
+__all__ = ["PRECISIONS", "Array", "Bool", "Float", "Int", "Key", "Precision", "resolve_precision"]
 
 Array = jax.Array
-AnyArray = jax.Array | np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """The models: each a file with its config dataclass and its Flax NNX module.
 
-A model is called as ``model(x, train=..., key=...)`` and returns the logits and an auxiliary loss (a scalar that the
-training objective adds; zero where the model has none). ``train=True`` uses and updates batch statistics and needs the
-random ``key`` where the model draws numbers.
+A model is called as ``model(x, train=..., key=...)`` and returns the logits (b, c) and an auxiliary loss (b,), one
+value per cell, whose mean the objective adds (TabNet's mask sparsity; zero elsewhere). ``train=True`` uses and updates
+batch statistics and needs the random ``key`` where the model draws numbers.
 """
 
 import dataclasses
@@ -13,13 +13,27 @@ from flax import nnx
 
 from hce_jax.errors import ConfigError
 from hce_jax.models.linear import Linear, LinearConfig
+from hce_jax.models.mlp import MLP, MLPConfig
+from hce_jax.models.tabnet import TabNet, TabNetConfig
 from hce_jax.typing import Precision
 
-__all__ = ["MODELS", "Linear", "LinearConfig", "build_model", "model_config"]
+__all__ = [
+    "MLP",
+    "MODELS",
+    "Linear",
+    "LinearConfig",
+    "MLPConfig",
+    "TabNet",
+    "TabNetConfig",
+    "build_model",
+    "model_config",
+]
 
 #: model_type -> (its config, its module). To add a model: one file, one line here, one config file, one test.
 MODELS: dict[str, tuple[type, type[nnx.Module]]] = {
     "linear": (LinearConfig, Linear),
+    "mlp": (MLPConfig, MLP),
+    "tabnet": (TabNetConfig, TabNet),
 }
 
 

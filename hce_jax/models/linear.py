@@ -42,6 +42,6 @@ class Linear(nnx.Module):
 
     def __call__(
         self, x_bg: Float[Array, "b g"], *, train: bool = False, key: Key[Array, ""] | None = None
-    ) -> tuple[Float[Array, "b c"], Float[Array, ""]]:
-        """Return the logits and the auxiliary loss, which is zero. Training mode and key change nothing here."""
-        return self.linear(x_bg).astype(jnp.float32), jnp.zeros((), jnp.float32)
+    ) -> tuple[Float[Array, "b c"], Float[Array, "b"]]:
+        """Return the logits and each cell's auxiliary loss, zero. Training mode and key change nothing here."""
+        return self.linear(x_bg).astype(jnp.float32), jnp.zeros(x_bg.shape[0], jnp.float32)
