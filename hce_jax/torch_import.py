@@ -61,8 +61,7 @@ def _tabnet(state_dict: Mapping[str, np.ndarray], config: TabNetConfig) -> _Tree
     return {
         "input_norm": _norm(state_dict, "encoder.initial_bn"),
         "shared_kernels": {
-            i: state_dict[f"encoder.initial_splitter.shared.glu_layers.{i}.fc.weight"].T
-            for i in range(config.n_shared)
+            i: state_dict[f"encoder.initial_splitter.shared.shared_layers.{i}.weight"].T for i in range(config.n_shared)
         },
         "splitter": _transformer(state_dict, "encoder.initial_splitter", config),
         "transformers": {s: _transformer(state_dict, f"encoder.feat_transformers.{s}", config) for s in steps},

@@ -74,8 +74,7 @@ class BatchNorm(nnx.Module):
 
     def affine(self, statistics: batch_norm.Moments) -> tuple[Float[Array, "*v h"], Float[Array, "*v h"]]:
         """Return the scale and shift that normalise by these statistics, (h,) or (v, h)."""
-        leading = (1,) * (statistics.mean.ndim - 1)
-        return batch_norm.affine(statistics, self.weight[...].reshape(*leading, -1), self.bias[...].reshape(*leading, -1))
+        return batch_norm.affine(statistics, self.weight[...], self.bias[...])
 
     def running_affine(self) -> tuple[Float[Array, "h"], Float[Array, "h"]]:
         """Return the scale and shift of evaluation mode."""

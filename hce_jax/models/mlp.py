@@ -1,6 +1,7 @@
 """The multilayer perceptron of the paper: linear, batch norm, SiLU, dropout, eight times."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -75,7 +76,7 @@ class MLP(nnx.Module):
         self.dropout = config.dropout
         sizes = [n_genes] + [config.hidden_size] * config.n_hidden
         self.layers = nnx.List(
-            [dense(n_in, n_out, precision=precision, rngs=rngs) for n_in, n_out in zip(sizes, sizes[1:], strict=False)]
+            [dense(n_in, n_out, precision=precision, rngs=rngs) for n_in, n_out in itertools.pairwise(sizes)]
         )
         self.norms = nnx.List([BatchNorm(config.hidden_size) for _ in self.layers])
         self.linear = dense(config.hidden_size, n_types, precision=precision, rngs=rngs)
@@ -98,12 +99,16 @@ class MLP(nnx.Module):
         return self._encode(x_bg, train=False, key=None)
 
     def _encode(self, x_bg: Array, train: bool, key: Array | None) -> Array:
-        if train and self.dropout and key is None:
-            raise ValueError("training with dropout needs a random key")
         h_bh = x_bg
         for index, (layer, norm) in enumerate(zip(self.layers, self.norms, strict=True)):
             h_bh = jax.nn.silu(norm(layer(h_bh).astype(jnp.float32), train=train))
             if train and self.dropout:
-                keep = jax.random.bernoulli(jax.random.fold_in(key, index), 1 - self.dropout, h_bh.shape)
-                h_bh = jnp.where(keep, h_bh / (1 - self.dropout), 0)
+                h_bh = _drop(h_bh, self.dropout, key, index)
         return h_bh
+
+
+def _drop(h_bh: Array, rate: float, key: Array | None, layer: int) -> Array:
+    if key is None:
+        raise ValueError("training with dropout needs a random key")
+    keep_bh = jax.random.bernoulli(jax.random.fold_in(key, layer), 1 - rate, h_bh.shape)
+    return jnp.where(keep_bh, h_bh / (1 - rate), 0)

@@ -1,4 +1,4 @@
-"""TabNet as the paper uses it: attention selects genes by a sparse mask, a stack of gated layers reads the selected ones.
+"""TabNet as the paper uses it: attention selects genes by a sparse mask, and a stack of gated layers reads them.
 
 Arik and Pfister 2021 (arXiv:1908.07442), with 1.5-entmax or sparsemax. What is computed is what the published network
 computes (golden README, section 5); how, follows from the shape of the data: 19,331 genes and layers of a few hundred
@@ -89,7 +89,7 @@ class TabNetConfig:
             if getattr(self, name) < least:
                 raise ConfigError(f"config.{name} is {getattr(self, name)!r}; it must be {least} or more")
         if self.n_independent == self.n_shared == 0:
-            raise ConfigError("config.n_independent and config.n_shared are both 0; TabNet needs a layer of either kind")
+            raise ConfigError("config.n_independent and config.n_shared are both 0; TabNet needs at least one layer")
         if self.mask_type not in _SELECTORS:
             raise ConfigError(f"config.mask_type is {self.mask_type!r}; choose one of {', '.join(_SELECTORS)}")
 
@@ -243,9 +243,7 @@ class Transformer(nnx.Module):
         """Return the kernel that the input is to be multiplied with before it is given to the transformer."""
         return shared[0] if shared else self.kernels[0][...]
 
-    def __call__(
-        self, first_bh: Float[Array, "b h"], shared: list[Array], *, train: bool
-    ) -> Float[Array, "b half_h"]:
+    def __call__(self, first_bh: Float[Array, "b h"], shared: list[Array], *, train: bool) -> Float[Array, "b half_h"]:
         """Transform the product of the input with the first kernel."""
         kernels = shared + [kernel[...] for kernel in self.kernels]
         y_bh = _glu(self.norms[0](first_bh, train=train))
@@ -290,7 +288,7 @@ class Attention(nnx.Module):
         """Return the function that selects the genes of one ghost batch and multiplies them with the first kernel.
 
         It takes attended (n, k), x (n, g) and the prior (n, g) or None, and returns ((product (n, h), negative entropy
-        (n,), mask (n, g) or None), moments (g,) or None). It holds arrays only, so that it can be mapped and recomputed.
+        (n,), mask (n, g) or None), moments (g,) or None). It holds arrays only: it can be mapped and recomputed.
         """
         kernel_kg, select = self.kernel[...], _SELECTORS[mask_type]
         norm_weight_g, norm_bias_g = self.norm.weight[...], self.norm.bias[...]

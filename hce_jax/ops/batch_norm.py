@@ -1,11 +1,11 @@
 """PyTorch's batch norm and the ghost batch norm of TabNet, as functions of arrays.
 
 Normalisation takes the biased variance of the batch, the running variance the unbiased one, and a running value becomes
-(1 - momentum) * old + momentum * new. A ghost batch norm splits the batch as ``torch.chunk`` does, normalises each part by
-itself and updates the running values once per part, in order (golden README, surprises 12 to 14).
+(1 - momentum) * old + momentum * new. A ghost batch norm splits the batch as ``torch.chunk`` does, normalises each part
+by itself and updates the running values once per part, in order (golden README, surprises 12 to 14).
 
-Sums over cells are written as products with a row of ones: XLA's own column sums are up to fifteen times slower on a CPU
-(docs/log.md) and the product is as good elsewhere. Their gradients are again such sums, hence :func:`scale_shift`.
+Sums over cells are written as products with a row of ones: XLA's own column sums are up to fifteen times slower on a
+CPU (docs/log.md), and the product is as good elsewhere. Their gradients are again such sums, hence :func:`scale_shift`.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,7 +32,7 @@ class Moments(NamedTuple):
 def part_sizes(n_rows: int, virtual_batch_size: int | None) -> list[int]:
     """Return how many rows each ghost batch gets: ``torch.chunk`` into max(n_rows // virtual_batch_size, 1) parts.
 
-    All parts have ceil(n_rows / parts) rows but the last, which may be shorter; there may be fewer parts than asked for.
+    All parts have ceil(n_rows / parts) rows but the last, which may be shorter; there may be fewer parts than asked.
     Without a virtual batch size, or with one larger than the batch, the batch is one part.
 
     Examples
@@ -52,7 +52,7 @@ def over_parts(function: Callable[..., tuple[Any, Any]], sizes: Sequence[int], *
     Parameters
     ----------
     function
-        Takes arrays (v, n, ...), v parts of n rows, and returns a tree of arrays (v, n, ...) and one of arrays (v, ...).
+        Takes arrays (v, n, ...), v parts of n rows; returns a tree of arrays (v, n, ...) and one of arrays (v, ...).
         It is called once for the parts of equal size and once for a shorter last one.
     sizes
         From :func:`part_sizes`.
@@ -75,9 +75,8 @@ def over_parts(function: Callable[..., tuple[Any, Any]], sizes: Sequence[int], *
         function(*(x if x is None else x[start : start + v * n].reshape(v, n, *x.shape[1:]) for x in rows))
         for start, v, n in groups
     ]
-    by_row, by_part = zip(*outputs, strict=True)
-    by_row = [jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree) for tree in by_row]
-    return _concatenate(by_row), _concatenate(by_part)
+    by_row = [jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), rows) for rows, _ in outputs]
+    return _concatenate(by_row), _concatenate([parts for _, parts in outputs])
 
 
 def _concatenate(trees: Sequence[Any]) -> Any:
@@ -154,7 +153,7 @@ scale_shift.defvjp(_scale_shift_forward, _scale_shift_backward)
 
 
 def affine(
-    statistics: Moments, weight: Float[Array, "*v h"], bias: Float[Array, "*v h"]
+    statistics: Moments, weight: Float[Array, "h"], bias: Float[Array, "h"]
 ) -> tuple[Float[Array, "*v h"], Float[Array, "*v h"]]:
     """Return the scale and shift that a batch norm amounts to: weight / sqrt(variance + 1e-5), bias - mean * scale.
 
@@ -164,13 +163,12 @@ def affine(
     >>> round(float(scale[0]), 3), round(float(shift[0]), 3)
     (0.5, -1.0)
     """
+    weight, bias = (value.reshape((1,) * (statistics.mean.ndim - 1) + (-1,)) for value in (weight, bias))
     scale = weight * jax.lax.rsqrt(statistics.variance + EPSILON)
     return scale, bias - statistics.mean * scale
 
 
-def update_running(
-    running: Moments, batch: Moments, sizes: Sequence[int], momentum: float
-) -> Moments:
+def update_running(running: Moments, batch: Moments, sizes: Sequence[int], momentum: float) -> Moments:
     """Return the running mean and (unbiased) variance (h,) after the parts' moments (v, h), one part after the other.
 
     The sequence running <- (1 - m) running + m part is one weighted sum, with weight m (1 - m)^(V - 1 - v) for part v.
