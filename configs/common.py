@@ -20,14 +20,37 @@ def get_config() -> ConfigDict:
     config.sub_sample_frac = 1.0
     # Seed of the order of cells. `seed` leaves it alone, so that runs of several seeds see the same order.
     config.data_seed = 0
+    # Move each training cell along a random vector of the store's augmentations.npy, up or down.
+    config.augment_training_data = False
     # Cells that are mixed with each other at a time. More: better mixing, more memory (about 18 kB a cell).
     config.shuffle_window = 32768
 
     # --- model ---
-    # linear.
+    # linear, mlp, tabnet.
     config.model_type = "linear"
     # Precision of matrix products: auto (float32 on a CPU, tf32 elsewhere, as published), float32, tf32, bf16.
     config.precision = "auto"
+
+    # mlp: width of the hidden layers, their number, probability of dropping a hidden unit in training.
+    config.hidden_size = 128
+    config.n_hidden = 8
+    config.dropout = 0.1
+    # tabnet: width of a step's output (and of the embedding) and of the attention's input.
+    config.n_d = 128
+    config.n_a = 64
+    # tabnet: decision steps; how soon a gene that one step has used is closed to the next (1: at once).
+    config.n_steps = 1
+    config.gamma = 1.3
+    # tabnet: gated layers of each transformer, its own and those shared by all.
+    config.n_independent = 5
+    config.n_shared = 3
+    # tabnet: cells of a ghost batch, and the share of the new value in its batch norms' running statistics.
+    config.virtual_batch_size = 256
+    config.momentum = 0.02
+    # tabnet: entmax or sparsemax.
+    config.mask_type = "entmax"
+    # tabnet: weight of the masks' entropy in the objective.
+    config.lambda_sparse = 1e-5
 
     # --- loss ---
     # Hierarchical cross entropy (true) or cross entropy (false).

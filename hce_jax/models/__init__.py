@@ -13,13 +13,27 @@ from flax import nnx
 
 from hce_jax.errors import ConfigError
 from hce_jax.models.linear import Linear, LinearConfig
+from hce_jax.models.mlp import MLP, MLPConfig
+from hce_jax.models.tabnet import TabNet, TabNetConfig
 from hce_jax.typing import Precision
 
-__all__ = ["MODELS", "Linear", "LinearConfig", "build_model", "model_config"]
+__all__ = [
+    "MLP",
+    "MODELS",
+    "Linear",
+    "LinearConfig",
+    "MLPConfig",
+    "TabNet",
+    "TabNetConfig",
+    "build_model",
+    "model_config",
+]
 
 #: model_type -> (its config, its module). To add a model: one file, one line here, one config file, one test.
 MODELS: dict[str, tuple[type, Callable[..., nnx.Module]]] = {
     "linear": (LinearConfig, Linear),
+    "mlp": (MLPConfig, MLP),
+    "tabnet": (TabNetConfig, TabNet),
 }
 
 

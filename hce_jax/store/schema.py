@@ -138,6 +138,20 @@ class SideFiles:
             raise StoreError(f"{path} holds a negative or non-finite weight, or only zeros")
         return weights.astype(np.float32)
 
+    def augmentations(self) -> Float[np.ndarray, "a g"]:
+        """Read the augmentation vectors, (n, g) float32.
+
+        Raises
+        ------
+        StoreError
+            If the file is absent, holds no vector, or vectors of another length than the number of genes.
+        """
+        path = self.path / AUGMENTATIONS_FILE
+        vectors = read_array(path)
+        if vectors.ndim != 2 or not len(vectors) or vectors.shape[1] != self.n_genes:
+            raise StoreError(f"{path} has shape {vectors.shape}, but the store has {self.n_genes} genes")
+        return vectors.astype(np.float32)
+
     @cached_property
     def lookup_sizes(self) -> dict[str, int]:
         """Number of codes of each categorical column that has a lookup table."""

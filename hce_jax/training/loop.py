@@ -205,7 +205,10 @@ class Trainer:
         optimizer = published_optimizer(self._schedule, config.weight_decay, config.gradient_clip_val)
         graphdef, state = init_state(model, optimizer)
         self.state = jax.device_put(state, self._replicated)
-        self._train_step = make_train_step(graphdef, self._objective, optimizer, step_key)
+        augmentations = side.augmentations() if config.augment_training_data else None
+        self._train_step = make_train_step(
+            graphdef, self._objective, optimizer, step_key, jax.device_put(augmentations, self._replicated)
+        )
         self._eval_step = make_eval_step(graphdef, self._objective)
 
     @property

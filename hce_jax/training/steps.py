@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 import jax
@@ -14,6 +15,7 @@ from hce_jax.hierarchy import correct_predictions
 from hce_jax.input import CellBatch
 from hce_jax.losses import cross_entropy, hierarchical_cross_entropy
 from hce_jax.metrics import class_counts, f1_from_counts
+from hce_jax.training.augment import augment
 from hce_jax.typing import AnyArray, Array, Float, Int, Key
 
 _Item = TypeVar("_Item")
@@ -107,12 +109,16 @@ def init_state(model: nnx.Module, optimizer: optax.GradientTransformation) -> tu
 
 
 def make_train_step(
-    graphdef: nnx.GraphDef, objective: Objective, optimizer: optax.GradientTransformation, key: Key[Array, ""]
+    graphdef: nnx.GraphDef,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    key: Key[Array, ""],
+    augmentations: Float[Array, "a g"] | None = None,
 ) -> Callable[[TrainState, CellBatch], tuple[TrainState, StepMetrics]]:
     """Return the jitted training step, (state, batch) -> (state, metrics); it consumes the state it is given.
 
     Every row of a training batch is a real cell. Random numbers of step n come from ``key`` folded with n, so the state
-    carries no generator. The metrics count corrected predictions, as published.
+    carries no generator. With ``augmentations`` each cell is moved along one of these vectors. The metrics count corrected predictions, as published.
 
     Examples
     --------
@@ -121,12 +127,13 @@ def make_train_step(
     """
     n_types = objective.reachability.shape[0]
 
-    def train_step(state: TrainState, batch: CellBatch) -> tuple[TrainState, StepMetrics]:
-        step_key = jax.random.fold_in(key, state.step)
+    def train_step(state: TrainState, batch: CellBatch, augmentations: Array | None) -> tuple[TrainState, StepMetrics]:
+        augment_key, model_key = jax.random.split(jax.random.fold_in(key, state.step))
+        x_bg = batch.x if augmentations is None else augment(batch.x, augmentations, augment_key)
 
         def loss_of(params: nnx.State) -> tuple[Array, tuple[Array, nnx.State]]:
             model = nnx.merge(graphdef, params, state.stats)
-            logits_bc, auxiliary_b = model(batch.x, train=True, key=step_key)
+            logits_bc, auxiliary_b = model(x_bg, train=True, key=model_key)
             loss = objective.training_loss(logits_bc, batch.targets) + auxiliary_b.mean()
             return loss, (logits_bc, nnx.state(model, nnx.Not(nnx.Param)))
 
@@ -138,7 +145,8 @@ def make_train_step(
         metrics = StepMetrics(loss, optax.tree.norm(grads), counts)
         return TrainState(state.step + 1, params, stats, opt_state), metrics
 
-    return jax.jit(train_step, donate_argnums=0)
+    # The vectors are an argument: as a constant of the program they would be compiled into it, hundreds of megabytes.
+    return partial(jax.jit(train_step, donate_argnums=0), augmentations=augmentations)
 
 
 class _BatchEvaluation(NamedTuple):

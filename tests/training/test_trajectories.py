@@ -1,0 +1,126 @@
+"""Twelve training steps of MLP and TabNet, and the validation of what they arrive at, as published."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from networks import golden_config, golden_model, under
+
+from hce_jax.hierarchy import correct_predictions
+from hce_jax.input import CellBatch
+from hce_jax.models import model_config
+from hce_jax.torch_import import params_from_state_dict
+from hce_jax.training.optim import published_optimizer, step_schedule
+from hce_jax.training.steps import Objective, evaluate, init_state, make_eval_step, make_train_step
+
+FINAL_TOLERANCE = {"mlp": 2e-6, "tabnet": 1e-5}
+
+
+def objective_of(golden):
+    return Objective(
+        reachability=jnp.asarray(golden.arrays["child_matrix"], jnp.float32),
+        class_weights=jnp.asarray(golden.arrays["class_weights"]),
+        use_hierarchical_loss=golden.config["use_hierarchical_loss"],
+        epsilon=1e-6,
+    )
+
+
+def batch_of(x, targets):
+    return CellBatch(jnp.asarray(x), jnp.asarray(targets, jnp.int32), jnp.ones(len(x), bool))
+
+
+def irreproducible(path):
+    """Say whether golden values follow rounding noise: biases of the MLP before a batch norm, and its running means."""
+    return (path[0] == "layers" and path[-1] == "bias") or path[-1] == "running_mean"
+
+
+def check_arranged(golden, model_type, found, prefix, base):
+    """Compare a tree of variables with the golden state dict under a prefix, at its noise."""
+    config = model_config(golden_config(golden, model_type))
+    whole = under(golden.arrays, "params/")
+
+    def arranged(prefix, default=None):
+        given = under(golden.arrays, prefix)
+        filled = {key: given.get(key, np.zeros_like(array) if default is None else default)
+                  for key, array in whole.items()}  # fmt: skip
+        filled = {key: np.broadcast_to(array, whole[key].shape) for key, array in filled.items()}
+        return nnx.traversals.flatten_mapping(params_from_state_dict(model_type, filled, config))
+
+    expected, noise = arranged(prefix), arranged(f"noise/{prefix}", default=0.0)
+    flat = nnx.traversals.flatten_mapping(nnx.to_pure_dict(found))
+    compared = [path for path in flat if not (model_type == "mlp" and irreproducible(path))]
+    assert len(compared) >= len(flat) / 2
+    for path in compared:
+        error = np.abs(np.asarray(flat[path], np.float64) - expected[path])
+        assert (error <= base + 10 * noise[path]).all(), (path, error.max())
+
+
+def check_trajectory(golden, model_type):
+    config, arrays = golden.config, golden.arrays
+    model, objective = golden_model(golden, model_type), objective_of(golden)
+    schedule = step_schedule(config["lr"], config["lr_gamma"], config["lr_step_size_epochs"], config["steps_per_epoch"])
+    optimizer = published_optimizer(schedule, config["weight_decay"], config["clip_norm"])
+    graphdef, state = init_state(model, optimizer)
+    step = make_train_step(graphdef, objective, optimizer, jax.random.key(0))
+    found = []
+    for index in range(config["epochs"] * config["steps_per_epoch"]):
+        at = index % config["steps_per_epoch"]
+        state, metrics = step(state, batch_of(arrays["x"][at], arrays["targets"][at]))
+        found.append((metrics.loss, metrics.grad_norm, schedule(index)))
+        if index == 0:
+            right = int((arrays["step0_corrected_preds"] == arrays["targets"][0]).sum())
+            assert int(metrics.counts[0].sum()) == right
+    losses, norms, rates = map(np.asarray, zip(*found, strict=True))
+    np.testing.assert_allclose(losses, arrays["losses"], atol=1e-5, rtol=0)
+    np.testing.assert_allclose(norms, arrays["grad_norm"], rtol=1e-4)
+    np.testing.assert_allclose(rates, arrays["lr"], rtol=1e-6)
+    for variables in (state.params, state.stats):
+        check_arranged(golden, model_type, variables, "params_final/", FINAL_TOLERANCE[model_type])
+
+
+def check_first_gradient(golden, model_type):
+    arrays, objective = golden.arrays, objective_of(golden)
+    graphdef, params, stats = nnx.split(golden_model(golden, model_type), nnx.Param, ...)
+
+    def loss_of(params):
+        logits, auxiliary = nnx.merge(graphdef, params, stats, copy=True)(jnp.asarray(arrays["x"][0]), train=True)
+        return objective.training_loss(logits, jnp.asarray(arrays["targets"][0], jnp.int32)) + auxiliary.mean()
+
+    check_arranged(golden, model_type, jax.jit(jax.grad(loss_of))(params), "grad_step0/", 1e-5)
+
+
+def check_validation(golden, model_type):
+    arrays = golden.arrays
+    model = golden_model(golden, model_type, prefix="params_final/")
+    graphdef, params, stats = nnx.split(model, nnx.Param, ...)
+    logits, _ = jax.jit(lambda x: nnx.merge(graphdef, params, stats, copy=True)(x))(jnp.asarray(arrays["val_x"]))
+    np.testing.assert_allclose(logits, arrays["val_logits"], atol=2e-5, rtol=0)
+    predictions = np.asarray(logits).argmax(1)
+    corrected = correct_predictions(arrays["val_targets"], predictions, arrays["child_matrix"])
+    np.testing.assert_array_equal(corrected, arrays["val_corrected_preds"])
+    step = make_eval_step(graphdef, objective_of(golden))
+    result = evaluate(step, params, stats, [batch_of(arrays["val_x"], arrays["val_targets"])])
+    np.testing.assert_allclose(result.loss, arrays["val_loss"], atol=2e-5)
+
+
+@pytest.mark.golden("trajectory", model="mlp")
+def test_golden_mlp_trajectory(golden):
+    check_trajectory(golden, "mlp")
+
+
+@pytest.mark.golden("trajectory", model="mlp")
+def test_golden_mlp_first_gradient_and_validation(golden):
+    check_first_gradient(golden, "mlp")
+    check_validation(golden, "mlp")
+
+
+@pytest.mark.golden("trajectory", model="tabnet")
+def test_golden_tabnet_trajectory(golden):
+    check_trajectory(golden, "tabnet")
+
+
+@pytest.mark.golden("trajectory", model="tabnet")
+def test_golden_tabnet_first_gradient_and_validation(golden):
+    check_first_gradient(golden, "tabnet")
+    check_validation(golden, "tabnet")
