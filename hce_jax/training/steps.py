@@ -118,7 +118,8 @@ def make_train_step(
     """Return the jitted training step, (state, batch) -> (state, metrics); it consumes the state it is given.
 
     Every row of a training batch is a real cell. Random numbers of step n come from ``key`` folded with n, so the state
-    carries no generator. With ``augmentations`` each cell is moved along one of these vectors. The metrics count corrected predictions, as published.
+    carries no generator. With ``augmentations`` each cell is moved along one of these vectors. The metrics count
+    corrected predictions, as published.
 
     Examples
     --------
@@ -129,10 +130,13 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: CellBatch, augmentations: Array | None) -> tuple[TrainState, StepMetrics]:
         augment_key, model_key = jax.random.split(jax.random.fold_in(key, state.step))
-        x_bg = batch.x if augmentations is None else augment(batch.x, augmentations, augment_key)
+        x_bg = jnp.asarray(batch.x)
+        if augmentations is not None:
+            x_bg = augment(x_bg, augmentations, augment_key)
 
         def loss_of(params: nnx.State) -> tuple[Array, tuple[Array, nnx.State]]:
-            model = nnx.merge(graphdef, params, state.stats)
+            # A copy, made inside the trace: the model updates its statistics in place.
+            model = nnx.merge(graphdef, params, state.stats, copy=True)
             logits_bc, auxiliary_b = model(x_bg, train=True, key=model_key)
             loss = objective.training_loss(logits_bc, batch.targets) + auxiliary_b.mean()
             return loss, (logits_bc, nnx.state(model, nnx.Not(nnx.Param)))
