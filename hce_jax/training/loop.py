@@ -210,6 +210,12 @@ class Trainer:
             graphdef, self._objective, optimizer, step_key, jax.device_put(augmentations, self._replicated)
         )
         self._eval_step = make_eval_step(graphdef, self._objective)
+        # Traced now, so that a batch that the model cannot take is found before anything is written.
+        n_cells, n_genes = config.batch_size, side.n_genes
+        batch = jax.eval_shape(
+            lambda: CellBatch(jnp.zeros((n_cells, n_genes)), jnp.zeros(n_cells, jnp.int32), jnp.ones(n_cells, bool))
+        )
+        jax.eval_shape(self._train_step, self.state, batch)
 
     @property
     def steps_taken(self) -> int:
