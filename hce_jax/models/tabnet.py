@@ -201,7 +201,7 @@ class TabNet(nnx.Module):
         """Return the scale and shift (g,) of the first batch norm, which is over the whole batch."""
         if not train:
             return self.input_norm.running_affine()
-        statistics_g = batch_norm.data_moments(x_bg)
+        statistics_g = batch_norm.moments(x_bg)
         statistics_vg = jax.tree.map(lambda value: value[None, :], statistics_g)
         self.input_norm.update(statistics_vg, [x_bg.shape[0]])
         return self.input_norm.affine(statistics_g)
