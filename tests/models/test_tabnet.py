@@ -112,7 +112,9 @@ def test_one_ghost_batch_at_a_time_and_all_at_once_give_the_same_step(monkeypatc
         def loss(params):
             model = nnx.merge(graphdef, params, stats, copy=True)
             logits, auxiliary = model(cells(61), train=True)
-            return (logits**2).mean() + auxiliary.mean(), nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
+            return (jnp.arange(61.0)[:, None] / 61 * logits**2).mean() + auxiliary.mean(), nnx.to_pure_dict(
+                nnx.state(model, nnx.BatchStat)
+            )
 
         return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
 
