@@ -175,9 +175,8 @@ class TabNet(nnx.Module):
         shared = [kernel[...] for kernel in self.shared_kernels]
 
         kernel = self.splitter.first_kernel(shared)  # (x * scale + shift) W = x (scale * W) + shift W
-        first_bh = _product(x_bg, scale_g[:, None] * kernel, self.precision) + _product(
-            shift_g[None, :], kernel, self.precision
-        )
+        shift_h = jnp.matmul(shift_g, kernel, precision=jax.lax.Precision.HIGHEST)
+        first_bh = _product(x_bg, scale_g[:, None] * kernel, self.precision) + shift_h[None, :]
         attended_bk = self.splitter(first_bh, shared, train=train)[:, config.n_d :]
 
         prior_bg, masks, outputs, entropies = None, [], [], []
@@ -204,7 +203,7 @@ class TabNet(nnx.Module):
         """Return the scale and shift (g,) of the first batch norm, which is over the whole batch."""
         if not train:
             return self.input_norm.running_affine()
-        statistics_g = batch_norm.data_moments(x_bg)
+        statistics_g = batch_norm.moments(x_bg)
         statistics_vg = jax.tree.map(lambda value: value[None, :], statistics_g)
         self.input_norm.update(statistics_vg, [x_bg.shape[0]])
         return self.input_norm.affine(statistics_g)
@@ -291,25 +290,19 @@ class Attention(nnx.Module):
         """Return the function that selects the genes of one ghost batch and multiplies them with the first kernel.
 
         It takes attended (n, k), x (n, g) and the prior (n, g) or None, and returns ((product (n, h), negative entropy
-        (n,), mask (n, g) or None), moments (g,) or None). It holds arrays only: it can be mapped and recomputed.
+        (n,), mask (n, g) or None), moments (g,) or None). It changes nothing, so that it can be mapped and recomputed.
         """
         kernel_kg, select = self.kernel[...], _SELECTORS[mask_type]
-        norm_weight_g, norm_bias_g = self.norm.weight[...], self.norm.bias[...]
-        running_scale_g, running_shift_g = self.norm.running_affine()
 
         def read(attended_nk: Array, x_ng: Array, prior_ng: Array | None) -> tuple[Any, Any]:
-            if train:
-                centred_nk, statistics = _linear_moments(attended_nk, kernel_kg, precision)
-                scale, shift = batch_norm.affine(statistics._replace(mean=jnp.zeros_like(norm_bias_g)), norm_weight_g,
-                                                 norm_bias_g)  # fmt: skip
-            else:
-                centred_nk, statistics, scale, shift = attended_nk, None, running_scale_g, running_shift_g
-            scores_ng = _product_shift(centred_nk, scale[None, :] * kernel_kg, shift, precision)
+            statistics_g = _moments_of_product(attended_nk, kernel_kg) if train else None
+            scale, shift = self.norm.running_affine() if statistics_g is None else self.norm.affine(statistics_g)
+            scores_ng = _product_shift(attended_nk, scale[None, :] * kernel_kg, shift, precision)
             mask_ng = select(scores_ng if prior_ng is None else scores_ng * prior_ng)
-            entropy_n = jnp.sum(mask_ng * jnp.log(mask_ng + _EPSILON), 1)
+            negative_entropy_n = jnp.sum(mask_ng * jnp.log(mask_ng + _EPSILON), 1)
             selected_ng = mask_ng * batch_norm.scale_shift(x_ng, scale_g, shift_g)
             product_nh = _product(selected_ng, first_kernel_gh, precision)
-            return (product_nh, entropy_n, mask_ng if keep_mask else None), statistics
+            return (product_nh, negative_entropy_n, mask_ng if keep_mask else None), statistics_g
 
         return read
 
@@ -327,14 +320,15 @@ def _each_part(function: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *parts: jax.lax.map(lambda part: recomputed(*part), parts)
 
 
-def _linear_moments(x_nk: Array, kernel_kg: Array, precision: Precision) -> tuple[Array, batch_norm.Moments]:
-    """Return x less its mean, and the moments of x W over the rows: mean(x) W and diag(W' cov(x) W)."""
+def _moments_of_product(x_nk: Array, kernel_kg: Array) -> batch_norm.Moments:
+    """Return the moments of x W over the rows from those of x: mean(x) W and diag(W' cov(x) W)."""
+    highest = jax.lax.Precision.HIGHEST
     mean_k = batch_norm.column_mean(x_nk)
     centred_nk = x_nk - mean_k[None, :]
-    covariance_kk = jnp.matmul(centred_nk.T, centred_nk, precision=jax.lax.Precision.HIGHEST) / x_nk.shape[0]
-    spread_kg = kernel_kg * jnp.matmul(covariance_kk, kernel_kg, precision=jax.lax.Precision.HIGHEST)
-    variance_g = batch_norm.column_mean(spread_kg) * kernel_kg.shape[0]
-    return centred_nk, batch_norm.Moments(_product(mean_k[None, :], kernel_kg, precision)[0], variance_g)
+    covariance_kk = jnp.matmul(centred_nk.T, centred_nk, precision=highest) / x_nk.shape[0]
+    spread_kg = kernel_kg * jnp.matmul(covariance_kk, kernel_kg, precision=highest)
+    mean_g = jnp.matmul(mean_k, kernel_kg, precision=highest)
+    return batch_norm.Moments(mean_g, batch_norm.column_mean(spread_kg) * kernel_kg.shape[0])
 
 
 def _product(x: Array, kernel: Array, precision: Precision) -> Array:
@@ -343,7 +337,12 @@ def _product(x: Array, kernel: Array, precision: Precision) -> Array:
 
 
 def _product_shift(x_nk: Array, kernel_kg: Array, shift_g: Array, precision: Precision) -> Array:
-    """Return x W + shift as one product, so that no second pass over (n, g) adds the shift or sums its gradient."""
+    """Return x W + shift: in full float32 as one product, so that no second pass over (n, g) adds the shift.
+
+    Its gradient comes with that of W, too. In a product of lower precision the shift would be rounded, so it is added.
+    """
+    if precision.matmul != jax.lax.Precision.HIGHEST:
+        return _product(x_nk, kernel_kg, precision) + shift_g[None, :]
     ones_n1 = jnp.ones((x_nk.shape[0], 1), x_nk.dtype)
     return _product(jnp.concatenate([x_nk, ones_n1], 1), jnp.concatenate([kernel_kg, shift_g[None, :]]), precision)
 

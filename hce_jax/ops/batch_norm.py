@@ -113,21 +113,6 @@ def moments(x: Float[Array, "*v n h"]) -> Moments:
     return Moments(mean, column_mean(centred * centred))
 
 
-def data_moments(x: Float[Array, "n g"]) -> Moments:
-    """Return the same as :func:`moments` for a wide matrix of data: on a CPU without writing one of its size.
-
-    Examples
-    --------
-    >>> data_moments(jnp.array([[1.0], [3.0]])).variance.tolist()
-    [1.0]
-    """
-    if jax.default_backend() != "cpu":
-        return moments(x)
-    mean = column_mean(x)
-    total, _ = jax.lax.scan(lambda total, row: (total + jnp.square(row - mean), None), jnp.zeros_like(mean), x)
-    return Moments(mean, total / x.shape[0])
-
-
 @jax.custom_vjp
 def scale_shift(x: Float[Array, "*v n h"], scale: Float[Array, "*v h"], shift: Float[Array, "*v h"]) -> Array:
     """Return x * scale + shift, feature by feature.

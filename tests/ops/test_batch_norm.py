@@ -54,11 +54,10 @@ def test_a_part_of_one_cell_is_refused_with_the_fields_to_change():
         batch_norm.update_running(Moments(jnp.zeros(1), jnp.ones(1)), one, [20, 1], 0.1)
 
 
-@pytest.mark.parametrize("function", [batch_norm.moments, batch_norm.data_moments])
-def test_moments_are_numpy_s_even_for_columns_far_from_zero(function):
+def test_moments_are_numpy_s_even_for_columns_far_from_zero():
     x = np.random.default_rng(0).normal([0, 1, 10, 100, 0, 0, 0], size=(200, 7))
     x[:, 5] = 3
-    found = function(jnp.asarray(x, jnp.float32))
+    found = batch_norm.moments(jnp.asarray(x, jnp.float32))
     np.testing.assert_allclose(found.mean, x.mean(0), rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(found.variance, x.var(0), rtol=1e-5, atol=1e-9)
 
