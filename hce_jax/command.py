@@ -51,6 +51,8 @@ def _parse_flags() -> None:
 
 
 def _unknown_field(message: str) -> str:
+    if "get_config" in message:
+        return "the configuration file has no function get_config(); see configs/linear_hce.py"
     field, near = re.search(r"'(\w+)", message), re.search(r"Did you mean \W*(\w+)", message)
     name = f" {field[1]!r}" if field else ""
     remedy = f"did you mean {near[1]!r}?" if near else "configs/common.py lists the fields"

@@ -28,3 +28,7 @@ class HierarchyError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint cannot be read, or does not belong to the given data."""
+
+
+class TrainingError(UserError):
+    """Training cannot go on: its loss is no longer a number."""

@@ -60,6 +60,9 @@ class Split:
             table = pq.ParquetFile(part).read_row_group(row_group, columns=[EXPRESSION_COLUMN, *columns])
         except (OSError, pa.ArrowException) as error:
             raise StoreError(f"{part} is damaged: row group {row_group} cannot be read ({error})") from error
+        without = [name for name in columns if table[name].null_count]
+        if without:
+            raise StoreError(f"{part} has a cell without {without[0]} in row group {row_group}")
         codes = {name: table[name].combine_chunks().to_numpy() for name in columns}
         for name, values in codes.items():
             _check_codes(part, name, values.min().item(), values.max().item(), self.side)
@@ -72,8 +75,14 @@ def _sparse_rows(column: pa.ChunkedArray, part: Path, n_genes: int) -> sp.csr_ar
     if lists.null_count or not (lengths == n_genes).all():
         wrong = "an empty X" if lists.null_count else f"an X of length {lengths[lengths != n_genes][0]}"
         raise StoreError(f"{part} holds {wrong}, but var.parquet names {n_genes} genes")
-    dense = lists.flatten().to_numpy(zero_copy_only=False).astype(np.float32, copy=False).reshape(-1, n_genes)
-    return sp.csr_array(dense)
+    values = lists.flatten()
+    if values.null_count:
+        raise StoreError(f"{part} holds an X with empty entries; write 0 for a gene without counts")
+    dense = values.to_numpy(zero_copy_only=False).astype(np.float32, copy=False).reshape(-1, n_genes)
+    x = sp.csr_array(dense)
+    if not (np.isfinite(x.data).all() and x.data.min(initial=0) >= 0):
+        raise StoreError(f"{part} holds an X with a negative or non-finite value; X is ln(1 + counts), scaled per cell")
+    return x
 
 
 def _check_codes(part: Path, column: str, lowest: int, highest: int, side: SideFiles) -> None:
@@ -93,8 +102,11 @@ def _check_part(part: Path, side: SideFiles) -> list[tuple[Path, int, int]]:
     for column in (EXPRESSION_COLUMN, LABEL_COLUMN):
         if column not in schema.names:
             raise StoreError(f"{part} lacks the column {column!r}; it has {', '.join(schema.names)}")
-    if not pa.types.is_list(schema.field(EXPRESSION_COLUMN).type):
-        raise StoreError(f"{part} has X of type {schema.field(EXPRESSION_COLUMN).type}, not a list of floats")
+    x_type, label_type = (schema.field(column).type for column in (EXPRESSION_COLUMN, LABEL_COLUMN))
+    if not (pa.types.is_list(x_type) and pa.types.is_floating(x_type.value_type)):
+        raise StoreError(f"{part} has X of type {x_type}; it must be a list of floats")
+    if not pa.types.is_integer(label_type):
+        raise StoreError(f"{part} has cell_type of type {label_type}; it must be the integer code of the label")
     leaves = [meta.schema.column(i).path.split(".")[0] for i in range(meta.num_columns)]
     x, label = leaves.index(EXPRESSION_COLUMN), leaves.index(LABEL_COLUMN)
     groups = []

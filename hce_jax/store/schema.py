@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections import Counter
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -185,14 +186,19 @@ def read_side_files(path: Path) -> SideFiles:
     164
     """
     var = read_table(path / VAR_FILE, ["feature_id", "feature_name"])
-    if not len(var):
+    gene_ids = tuple(var["feature_id"].astype(str))
+    if not gene_ids:
         raise StoreError(f"{path / VAR_FILE} names no genes")
     types = read_table(path / LOOKUP_FOLDER / f"{LABEL_COLUMN}.parquet", ["label"])
     labels = tuple(types["label"].astype(str))
+    for name, values in ((VAR_FILE, gene_ids), (f"{LOOKUP_FOLDER}/{LABEL_COLUMN}.parquet", labels)):
+        repeated = [value for value, count in Counter(values).items() if count > 1]
+        if repeated:
+            raise StoreError(f"{path / name} names {repeated[0]!r} more than once; each must be there once")
     child_matrix = path / CHILD_MATRIX_FILE
     return SideFiles(
         path=path,
-        gene_ids=tuple(var["feature_id"].astype(str)),
+        gene_ids=gene_ids,
         gene_names=tuple(var["feature_name"].astype(str)),
         labels=labels,
         cl_ids=tuple(types["cl_id"].astype(str)) if "cl_id" in types.columns else None,

@@ -1,5 +1,6 @@
 """Checks of a run's configuration; ``configs/common.py`` has the fields with their meanings and units."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,11 +33,11 @@ def check_config(config: Mapping[str, Any]) -> None:
     --------
     >>> check_config({"learning_rate": -1.0})
     Traceback (most recent call last):
-    hce_jax.errors.ConfigError: config.learning_rate is -1.0; it must be above 0
+    hce_jax.errors.ConfigError: config.learning_rate is -1.0; it must be above 0 and finite
     """
     for names, accepts, rule in (
-        (_POSITIVE, lambda value: value > 0, "above 0"),
-        (_NOT_NEGATIVE, lambda value: value >= 0, "0 or more"),
+        (_POSITIVE, lambda value: 0 < value < math.inf, "above 0 and finite"),
+        (_NOT_NEGATIVE, lambda value: 0 <= value < math.inf, "0 or more and finite"),
         (_AT_LEAST_ONE, lambda value: value >= 1, "1 or more"),
         (("sub_sample_frac",), lambda value: 0 < value <= 1, "above 0 and at most 1"),
         (("precision",), lambda value: value in ("auto", *PRECISIONS), f"auto, {', '.join(PRECISIONS)}"),

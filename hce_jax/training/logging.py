@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from hce_jax import __version__
+from hce_jax.errors import TrainingError
 from hce_jax.files import written_aside
 from hce_jax.metrics import f1_from_counts
 from hce_jax.runs import CONFIG_FILE
@@ -67,9 +69,20 @@ class EpochMeter:
         self.cells_per_second = 0.0
 
     def read(self, step: int, metrics: StepMetrics, bar: tqdm) -> None:
-        """Read the metrics of step number ``step`` (from 0) and show them."""
+        """Read the metrics of step number ``step`` (from 0) and show them.
+
+        Raises
+        ------
+        TrainingError
+            If the loss is not finite.
+        """
         self._counts = self._counts + metrics.counts
         self._losses.append(float(metrics.loss))
+        if not math.isfinite(self._losses[-1]):
+            raise TrainingError(
+                f"the training loss became {self._losses[-1]} at step {step}; lower --config.learning_rate, or look "
+                "for unusual values in the data"
+            )
         if (step + 1) % self._every == 0:
             self._log(step, metrics)
         now = time.perf_counter()

@@ -97,9 +97,19 @@ def negative_code(table):
     return with_column(table, "cell_type", [-1, *table["cell_type"].to_pylist()[1:]])
 
 
+def text_label(table):
+    return table.set_column(table.column_names.index("cell_type"), "cell_type", pa.array(["B cell"] * len(table)))
+
+
+def text_genes(table):
+    return table.set_column(table.column_names.index("X"), "X", pa.array([["a"] * N_GENES] * len(table)))
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
+        (text_label, r"part.1.parquet has cell_type of type string; it must be the integer code"),
+        (text_genes, r"part.1.parquet has X of type list<\w+: string>; it must be a list of floats"),
         (lambda table: table.drop_columns(["cell_type"]), r"part.1.parquet lacks the column 'cell_type'; it has X"),
         (lambda table: table.drop_columns(["X"]), r"part.1.parquet lacks the column 'X'"),
         (shorten_all, r"part.1.parquet holds X of length 11, but var.parquet names 12 genes"),
@@ -119,6 +129,45 @@ def test_lengths_that_are_right_only_in_sum_are_found_when_the_block_is_read(sto
     split = open_store(store_path).split("train")
     with pytest.raises(StoreError, match=r"part.1.parquet holds an X of length 11, but"):
         split.read_block(4)
+
+
+def set_value(value):
+    def change(table):
+        rows = table["X"].to_pylist()
+        rows[3][4] = value
+        return with_column(table, "X", rows)
+
+    return change
+
+
+def no_label(table):
+    return with_column(table, "cell_type", [None, *table["cell_type"].to_pylist()[1:]])
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (set_value(float("nan")), "holds an X with a negative or non-finite value"),
+        (set_value(float("inf")), "holds an X with a negative or non-finite value"),
+        (set_value(-0.5), "holds an X with a negative or non-finite value"),
+        (set_value(None), "holds an X with empty entries"),
+        (no_label, "has a cell without cell_type in row group 0"),
+    ],
+)
+def test_a_value_that_no_cell_can_have_is_found_when_its_block_is_read(store_path, change, says):
+    part = store_path / "train" / "part.1.parquet"
+    rewrite(part, change)
+    split = open_store(store_path).split("train")
+    with pytest.raises(StoreError, match=rf"part.1.parquet {says}"):
+        split.read_block(4)
+
+
+def test_a_gene_or_a_label_named_twice_is_an_error(store_path):
+    genes = pq.read_table(store_path / "var.parquet").to_pandas()
+    genes.loc[3, "feature_id"] = genes.loc[2, "feature_id"]
+    genes.to_parquet(store_path / "var.parquet")
+    with pytest.raises(StoreError, match=r"var.parquet names 'ENSG00000000002' more than once"):
+        open_store(store_path)
 
 
 def test_a_truncated_part_is_named(store_path):

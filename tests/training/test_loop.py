@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
@@ -14,10 +15,10 @@ from tensorboardX.proto.event_pb2 import Event
 from configs import linear_ce, linear_hce
 from hce_jax import evaluation
 from hce_jax.checkpoint import load_model
-from hce_jax.errors import ConfigError
+from hce_jax.errors import ConfigError, TrainingError
 from hce_jax.hierarchy import correct_predictions
 from hce_jax.store import open_store
-from hce_jax.training import fit
+from hce_jax.training import fit, loop
 from hce_jax.training.loop import BestCheckpoints, EarlyStopping
 
 
@@ -193,7 +194,9 @@ def test_a_sub_sample_uses_the_first_parts_of_train_and_val_only(store_path, tmp
         ({"max_epochs": 0}, "config.max_epochs is 0; it must be 1 or more"),
         ({"sub_sample_frac": 0.0}, "config.sub_sample_frac is 0.0; it must be above 0 and at most 1"),
         ({"precision": "fp8"}, "config.precision is 'fp8'; it must be auto, float32, tf32, bf16"),
-        ({"epsilon": -1e-6}, "config.epsilon is -1e-06; it must be 0 or more"),
+        ({"epsilon": -1e-6}, "config.epsilon is -1e-06; it must be 0 or more and finite"),
+        ({"learning_rate": float("inf")}, "config.learning_rate is inf; it must be above 0 and finite"),
+        ({"weight_decay": float("nan")}, "config.weight_decay is nan; it must be 0 or more and finite"),
         ({"model_type": "forest"}, "config.model_type is 'forest'; choose one of linear"),
     ],
 )
@@ -201,6 +204,25 @@ def test_a_bad_value_is_named_before_a_run_folder_is_made(store_path, tmp_path, 
     with pytest.raises(ConfigError, match=says):
         fit(small(linear_ce, store_path, log_dir=str(tmp_path), **changes))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_loss_that_is_no_number_stops_training_and_keeps_the_last_checkpoint(store_path, tmp_path, monkeypatch):
+    made = loop.make_train_step
+
+    def poisoned(*arguments):
+        step = made(*arguments)
+
+        def train_step(state, batch):
+            state, metrics = step(state, batch)
+            loss = jnp.where(state.step == 6, jnp.nan, metrics.loss)  # the last step of the second epoch
+            return state, metrics._replace(loss=loss)
+
+        return train_step
+
+    monkeypatch.setattr(loop, "make_train_step", poisoned)
+    with pytest.raises(TrainingError, match=r"the training loss became nan at step 5; lower --config.learning_rate"):
+        fit(small(linear_ce, store_path, log_dir=str(tmp_path)))
+    assert load_model(tmp_path / "linear" / "default" / "version_0").card.epoch == 0
 
 
 def test_epsilon_zero_is_the_exact_loss(store_path, tmp_path):
