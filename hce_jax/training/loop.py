@@ -215,7 +215,7 @@ class Trainer:
         batch = jax.eval_shape(
             lambda: CellBatch(jnp.zeros((n_cells, n_genes)), jnp.zeros(n_cells, jnp.int32), jnp.ones(n_cells, bool))
         )
-        jax.eval_shape(self._train_step, self.state, batch)
+        jax.eval_shape(lambda state, batch: self._train_step(state, batch)[1], self.state, batch)
 
     @property
     def steps_taken(self) -> int:
