@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import itertools
 import shutil
 import sys
 import warnings
@@ -19,12 +20,13 @@ from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
 from hce_jax.errors import CheckpointError
-from hce_jax.models import build_model
+from hce_jax.models import MODELS, build_model
 from hce_jax.runs import resolve_checkpoint
 from hce_jax.store import SideFiles
 from hce_jax.typing import Array, Float, Precision, resolve_precision
 
-Cells: TypeAlias = np.ndarray | sp.csr_array | sp.csr_matrix
+#: Expression (n, g): what numpy can read as a matrix, or a scipy sparse matrix.
+Cells: TypeAlias = Any
 
 FORMAT_VERSION = 1
 NORMALISATION = "sf-log1p: counts scaled to 10,000 a cell over these genes, then ln(1 + x)"
@@ -161,15 +163,16 @@ class Explanation(NamedTuple):
 
     def gene_indices(self) -> list[np.ndarray]:
         """Return, for each cell, the positions of the genes with an importance above zero."""
-        return np.split(self.importance.indices, self.importance.indptr[1:-1])
+        bounds = itertools.pairwise(self.importance.indptr)
+        return [self.importance.indices[start:end] for start, end in bounds]
 
 
 class Predictor:
     """A trained model, ready for cells.
 
-    The methods take expression x (n, g), sf-log1p, in the model's gene order, dense or CSR, and compute ``batch_size``
-    cells at a time: it bounds the memory, not the result. They raise ``CheckpointError`` if x has another number of
-    genes than the model, or the model cannot do what is asked.
+    The methods take expression x (n, g), sf-log1p, in the model's gene order, dense (whatever numpy can read) or
+    sparse (best CSR), and compute ``batch_size`` cells at a time: it bounds the memory, not the result. They raise
+    ``CheckpointError`` if x has another number of genes than the model, or the model cannot do what is asked.
 
     Attributes
     ----------
@@ -214,8 +217,7 @@ class Predictor:
         >>> predictor.predict_proba(x).shape  # doctest: +SKIP
         (1000, 164)
         """
-        parts = list(self._in_batches(_probabilities, x, batch_size))
-        return np.concatenate(parts) if parts else np.empty((0, len(self.card.labels)), np.float32)
+        return np.concatenate(list(self._in_batches(_probabilities, x, batch_size)))
 
     def embed(self, x: Cells, batch_size: int = 2048) -> Float[np.ndarray, "n h"]:
         """Return the embedding of each cell: MLP, the last hidden layer; TabNet, the sum of the steps' outputs.
@@ -225,7 +227,7 @@ class Predictor:
         >>> predictor.embed(x).shape  # doctest: +SKIP
         (1000, 128)
         """
-        self._require("embed", "an embedding", "MLP and TabNet")
+        self._require("embed", "embedding: MLP and TabNet have one")
         return np.concatenate(list(self._in_batches(_embedding, x, batch_size)))
 
     def explain(self, x: Cells, batch_size: int = 2048) -> Explanation:
@@ -236,7 +238,7 @@ class Predictor:
         >>> explanation = predictor.explain(x)  # doctest: +SKIP
         >>> [predictor.card.gene_names[i] for i in explanation.gene_indices()[0]]  # doctest: +SKIP
         """
-        self._require("explain", "masks", "TabNet")
+        self._require("explain", "masks: TabNet has them")
         sparse = [
             jax.tree.map(sp.csr_array, importance_and_masks)
             for importance_and_masks in self._in_batches(_explanation, x, batch_size)
@@ -244,18 +246,22 @@ class Predictor:
         importance, masks = zip(*sparse, strict=True)
         return Explanation(sp.vstack(importance, "csr"), [sp.vstack(step, "csr") for step in zip(*masks, strict=True)])
 
-    def _require(self, method: str, what: str, who: str) -> None:
-        if not hasattr(nnx.merge(self.graphdef, self.params, self.stats), method):
-            raise CheckpointError(f"the {self.model_type} model {self.path} has not {what}; {who} have")
+    def _require(self, method: str, what: str) -> None:
+        _, model_class = MODELS[self.model_type]
+        if not hasattr(model_class, method):
+            raise CheckpointError(f"{self.path} is a {self.model_type} model, which has no {what}")
 
     def _in_batches(self, function: Callable[[nnx.Module, Array], Any], x: Cells, batch_size: int) -> Iterator[Any]:
         """Apply a function of the model and a batch (b, g); yield what it gives for the real rows, as numpy arrays."""
+        if batch_size < 1:
+            raise CheckpointError(f"batch_size is {batch_size}; it must be 1 or more")
         n_genes = len(self.card.gene_ids)
+        x = x.tocsr() if sp.issparse(x) else np.asarray(x)
         if x.ndim != 2 or x.shape[1] != n_genes:
             raise CheckpointError(
                 f"x has shape {tuple(x.shape)}, but the model {self.path.name} expects (cells, {n_genes} genes)"
             )
-        for start in range(0, x.shape[0], batch_size):
+        for start in range(0, max(x.shape[0], 1), batch_size):  # no cells: one batch, of which no row is real
             rows = x[start : start + batch_size]
             dense = rows if isinstance(rows, np.ndarray) else rows.toarray()
             padded = np.zeros((batch_size, n_genes), np.float32)  # one shape, one compilation

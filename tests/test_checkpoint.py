@@ -4,6 +4,7 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.sparse as sp
 from flax import nnx
@@ -61,8 +62,8 @@ def test_a_saved_checkpoint_needs_nothing_else(checkpoint, tmp_path):
     assert load_model(moved).card == CARD
 
 
-@pytest.mark.parametrize("kind", [np.asarray, sp.csr_array, sp.csr_matrix])
-@pytest.mark.parametrize("batch_size", [1, 4, 10, 2048])
+@pytest.mark.parametrize("kind", [np.asarray, sp.csr_array, sp.csr_matrix, sp.csc_array, pd.DataFrame, jnp.asarray])
+@pytest.mark.parametrize("batch_size", [1, 4, 2048])
 def test_probabilities_are_the_softmax_whatever_the_input_s_kind_and_the_batch(checkpoint, model, kind, batch_size):
     x = np.random.default_rng(0).poisson(1, (10, 4)).astype(np.float32)
     logits = x.astype(np.float64) @ np.asarray(model.linear.kernel, np.float64) + np.asarray(model.linear.bias)
@@ -79,6 +80,12 @@ def test_no_cells_give_no_probabilities(checkpoint):
 def test_cells_of_another_number_of_genes_are_refused(checkpoint):
     with pytest.raises(CheckpointError, match=r"x has shape \(2, 5\), but the model .* expects \(cells, 4 genes\)"):
         load_model(checkpoint).predict_proba(np.zeros((2, 5)))
+
+
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_a_batch_of_no_cells_is_refused(checkpoint, batch_size):
+    with pytest.raises(CheckpointError, match=f"batch_size is {batch_size}; it must be 1 or more"):
+        load_model(checkpoint).predict_proba(np.zeros((2, 4)), batch_size)
 
 
 def test_an_existing_checkpoint_is_not_overwritten(checkpoint, model):

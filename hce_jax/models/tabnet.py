@@ -63,8 +63,8 @@ class TabNetConfig:
     Raises
     ------
     ConfigError
-        If a size is below 1, there is no gated layer at all, the momentum is outside (0, 1], or there is no such mask
-        type.
+        If a size is below 1, there is no gated layer at all, the momentum is outside (0, 1], gamma below 1,
+        lambda_sparse below 0, or there is no such mask type.
 
     Examples
     --------
@@ -91,6 +91,10 @@ class TabNetConfig:
                 raise ConfigError(f"config.{name} is {getattr(self, name)!r}; it must be {least} or more")
         if self.n_independent == self.n_shared == 0:
             raise ConfigError("config.n_independent and config.n_shared are both 0; TabNet needs at least one layer")
+        if not 1 <= self.gamma < math.inf:
+            raise ConfigError(f"config.gamma is {self.gamma!r}; it must be 1 or more and finite")
+        if not 0 <= self.lambda_sparse < math.inf:
+            raise ConfigError(f"config.lambda_sparse is {self.lambda_sparse!r}; it must be 0 or more and finite")
         if not 0 < self.momentum <= 1:
             raise ConfigError(f"config.momentum is {self.momentum!r}; it must be above 0 and at most 1")
         if self.mask_type not in _SELECTORS:

@@ -170,9 +170,10 @@ def update_running(running: Moments, batch: Moments, sizes: Sequence[int], momen
     [0.75]
     """
     if 1 in sizes:
+        parts = f", cut into {len(sizes)} ghost batches of which the last has one cell" if len(sizes) > 1 else ""
         raise ConfigError(
-            f"a batch of {sum(sizes)} cells is split into parts of {sizes}, and a batch norm cannot train on one cell; "
-            "change config.batch_size or config.virtual_batch_size"
+            f"config.batch_size is {sum(sizes)}{parts}, and a batch norm cannot train on a single cell; change "
+            "config.batch_size or config.virtual_batch_size"
         )
     keep = (1 - momentum) ** np.arange(len(sizes), -1, -1)
     weights = jnp.asarray(momentum * keep[1:], jnp.float32)[:, None]

@@ -42,7 +42,8 @@ def entmax15(z: Float[Array, "..."], axis: int = -1) -> Float[Array, "..."]:
     """Return the 1.5-entmax of z along an axis: p = max(z/2 - tau, 0)^2 with tau such that p sums to one.
 
     The derivative is the closed form s g - s (sum s g) / (sum s) with s = sqrt(p), exactly zero outside the support.
-    An entry of minus infinity gets probability zero; a row that holds NaN or plus infinity becomes NaN.
+    An entry of minus infinity gets probability zero; a row that holds NaN or plus infinity, or nothing but minus
+    infinity, becomes NaN.
 
     Parameters
     ----------
@@ -158,9 +159,14 @@ def _newton(step: Callable[[Array], Array], tau: Array) -> Array:
 
 
 def _slice_maxima(z: Array) -> Array:
-    """Return the elementwise maximum of equally wide slices of z; up to seven last entries stay outside."""
+    """Return the elementwise maximum of equally wide slices of z, and the up to seven entries that are left over.
+
+    Each is a different entry of z, and the largest of all is among them: so the threshold is well defined, and no
+    larger than that of z.
+    """
     width = z.shape[-1] // _N_SLICES
-    return functools.reduce(jnp.maximum, (z[..., i * width : (i + 1) * width] for i in range(_N_SLICES)))
+    maxima = functools.reduce(jnp.maximum, (z[..., i * width : (i + 1) * width] for i in range(_N_SLICES)))
+    return jnp.concatenate([maxima, z[..., _N_SLICES * width :]], -1)
 
 
 def _row_max(z: Array) -> Array:

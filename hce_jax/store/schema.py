@@ -71,7 +71,7 @@ def read_array(path: Path) -> np.ndarray:
     Raises
     ------
     StoreError
-        If the file is absent or damaged.
+        If the file is absent or damaged, or holds something else than numbers.
 
     Examples
     --------
@@ -80,9 +80,12 @@ def read_array(path: Path) -> np.ndarray:
     if not path.is_file():
         raise StoreError(f"{path} does not exist; a store needs it")
     try:
-        return np.load(path, allow_pickle=False)
+        array = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise StoreError(f"{path} is not a readable .npy file ({error})") from error
+        raise StoreError(f"{path} is not a readable .npy file of numbers") from error
+    if array.dtype.kind not in "biuf":
+        raise StoreError(f"{path} holds no numbers: its type is {array.dtype}")
+    return array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,12 +148,17 @@ class SideFiles:
         Raises
         ------
         StoreError
-            If the file is absent, holds no vector, or vectors of another length than the number of genes.
+            If the file is absent, holds no vectors, vectors of another length than the number of genes, or a
+            non-finite value.
         """
         path = self.path / AUGMENTATIONS_FILE
         vectors = read_array(path)
-        if vectors.ndim != 2 or not len(vectors) or vectors.shape[1] != self.n_genes:
+        if not vectors.size:
+            raise StoreError(f"{path} holds no vectors; make some, or pass --config.augment_training_data=false")
+        if vectors.ndim != 2 or vectors.shape[1] != self.n_genes:
             raise StoreError(f"{path} has shape {vectors.shape}, but the store has {self.n_genes} genes")
+        if not np.isfinite(vectors).all():
+            raise StoreError(f"{path} holds a non-finite value")
         return vectors.astype(np.float32)
 
     @cached_property

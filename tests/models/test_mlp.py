@@ -75,7 +75,7 @@ def test_evaluation_leaves_the_running_statistics_alone_and_takes_cells_one_by_o
 
 
 def test_a_training_batch_of_one_cell_is_refused():
-    with pytest.raises(ConfigError, match="cannot train on one cell"):
+    with pytest.raises(ConfigError, match="cannot train on a single cell"):
         mlp()(cells(1), train=True, key=jax.random.key(0))
 
 

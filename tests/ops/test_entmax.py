@@ -136,3 +136,16 @@ def test_minus_infinity_gets_nothing_and_a_row_with_nan_spoils_no_other(name):
     np.testing.assert_array_equal(found[0], np.eye(300, dtype=np.float32)[0])
     assert np.isnan(found[1]).any()
     np.testing.assert_allclose(found[2], 1 / 300, rtol=1e-4)
+
+
+@pytest.mark.parametrize("select", [entmax15, sparsemax])
+@pytest.mark.parametrize("width", [5, 128, 131, 135, 2314])
+@pytest.mark.parametrize("height", [1.9, 2.0, 5.0, 1e4])
+def test_the_largest_score_may_lie_anywhere(select, width, height):
+    """Also where the row's width does not divide by the number of slices and the largest score is in the rest."""
+    places = jnp.asarray(sorted({0, width // 2, *range(max(width - 8, 0), width)}))
+    rows = jnp.zeros((len(places), width)).at[jnp.arange(len(places)), places].set(height)
+    found = np.asarray(select(rows))
+    np.testing.assert_allclose(found.sum(axis=1), 1, atol=1e-5)
+    np.testing.assert_array_equal(found.argmax(axis=1), places)
+    np.testing.assert_allclose(np.sort(found, axis=1), np.sort(found[:1], axis=1).repeat(len(places), 0), atol=1e-6)

@@ -81,11 +81,19 @@ def test_the_importance_of_genes_is_the_masks_weighted_by_the_steps(trained):
         np.testing.assert_array_equal(np.sort(indices), np.flatnonzero(row > 0))
 
 
+def test_no_cells_give_empty_results(trained):
+    predictor, none = load_model(trained["tabnet"].run), expression(CELLS)[:0]
+    assert predictor.embed(none).shape == (0, 8)
+    explanation = predictor.explain(none)
+    assert explanation.importance.shape == (0, N_GENES)
+    assert explanation.gene_indices() == []
+
+
 def test_what_a_model_cannot_do_is_said(trained):
     x = expression(CELLS)
-    with pytest.raises(CheckpointError, match=r"the linear model .* has not an embedding; MLP and TabNet have"):
+    with pytest.raises(CheckpointError, match="is a linear model, which has no embedding: MLP and TabNet have one"):
         load_model(trained["linear"].run).embed(x)
-    with pytest.raises(CheckpointError, match=r"the mlp model .* has not masks; TabNet have"):
+    with pytest.raises(CheckpointError, match="is a mlp model, which has no masks: TabNet has them"):
         load_model(trained["mlp"].run).explain(x)
 
 
@@ -122,8 +130,10 @@ def test_precision_bf16_trains_like_float32(store_path, tmp_path):
             ConfigError,
             "config.mask_type is 'softmax'; choose one of entmax, sparse",
         ),
-        (tabnet_ce, {"batch_size": 31, "virtual_batch_size": 2}, ConfigError, "cannot train on one cell"),
+        (tabnet_ce, {"batch_size": 31, "virtual_batch_size": 2}, ConfigError, "cannot train on a single cell"),
         (mlp_ce, {"dropout": -0.1}, ConfigError, "config.dropout is -0.1"),
+        (tabnet_ce, {"gamma": 0.5}, ConfigError, "config.gamma is 0.5; it must be 1 or more"),
+        (tabnet_ce, {"lambda_sparse": float("nan")}, ConfigError, "config.lambda_sparse is nan"),
         (tabnet_ce, {"momentum": 0.0}, ConfigError, "config.momentum is 0.0"),
     ],
 )
@@ -146,6 +156,14 @@ def test_augmentation_vectors_of_another_length_or_absent_are_named(tmp_path):
     path = write_tiny_store(tmp_path / "store")
     with pytest.raises(StoreError, match=r"augmentations.npy does not exist"):
         fit(small(mlp_ce, path))
+    for content, says in (
+        (np.zeros((0, N_GENES)), "holds no vectors"),
+        (np.full((2, N_GENES), np.nan), "holds a non-finite value"),
+        (np.full((2, N_GENES), "a"), "holds no numbers"),
+    ):
+        np.save(path / "augmentations.npy", content)
+        with pytest.raises(StoreError, match=f"augmentations.npy {says}"):
+            fit(small(mlp_ce, path))
     np.save(path / "augmentations.npy", np.zeros((3, N_GENES + 1)))
     with pytest.raises(StoreError, match=rf"augmentations.npy has shape \(3, 13\), but the store has {N_GENES} genes"):
         fit(small(mlp_ce, path))
