@@ -21,7 +21,7 @@ from hce_jax.evaluation.predict import predict_split
 from hce_jax.evaluation.reports import overall_table, published_subset, read_subset, write_id_reports
 from hce_jax.runs import id_results_folder, newest_run
 from hce_jax.store import open_store
-from hce_jax.store.builtin import builtin_atlas
+from hce_jax.store.builtin import BUILTIN_ATLAS, builtin_atlas
 
 flags.DEFINE_enum("split", "id", ["id"], "id: held-out donors, the store's test split.")
 flags.DEFINE_string("run", None, "Folder of a run (version_N); its best checkpoint is evaluated.")
@@ -42,6 +42,8 @@ def load_predictor() -> tuple[Predictor, Path]:
     if named:
         predictor = load_model(named)
         return predictor, Path(data_path or predictor.card.data_path)
+    if not data_path and not BUILTIN_ATLAS.is_dir():
+        raise UserError("no trained run: set DATA_PATH to a store, or train first (python train.py --config FILE)")
     store_path = Path(data_path) if data_path else builtin_atlas()
     return load_model(newest_run(store_path / "tb_logs")), store_path
 
@@ -55,12 +57,18 @@ def main() -> None:
     subset = read_subset(FLAGS.subset_labels, labels) if FLAGS.subset_labels else published_subset(labels)
     print(f"checkpoint  {predictor.path}\nstore       {store.side.path}", flush=True)
 
-    cells = predict_split(predictor, store.split("test"), FLAGS.batch_size)
+    test_split = store.split("test")
     folder = Path(FLAGS.output_dir) if FLAGS.output_dir else id_results_folder(predictor.path)
+    folder.mkdir(parents=True, exist_ok=True)  # a place that cannot be written is found before the work
+    cells = predict_split(predictor, test_split, min(FLAGS.batch_size, test_split.n_cells))
     reports = write_id_reports(folder, predictor.model_type, *cells, predictor.reachability, subset)
     plot = folder / f"{predictor.model_type}_performance_plot.png"
-    performance_plot(reports.per_type, labels, plot, f"{predictor.model_type}: F1 per cell type, held-out donors")
+    loss = "hierarchical cross entropy" if predictor.card.loss["use_hierarchical_loss"] else "cross entropy"
+    title = f"{predictor.model_type}, {loss}: F1 per cell type, held-out donors"
+    performance_plot(reports.per_type, labels, plot, title)
     print(f"results     {folder}\n\n{overall_table(reports.overall, reports.per_type)}")
+    if subset is not None and reports.subset is not None:
+        print(f"Over the subset of {len(subset)} types: macro F1 {reports.subset['f1-score']['macro avg']:.4f}.")
 
 
 if __name__ == "__main__":

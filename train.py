@@ -5,6 +5,8 @@
 The store is the folder in DATA_PATH (or --config.data_path); without one, the built-in simulated atlas.
 """
 
+import shlex
+
 from ml_collections import config_flags
 
 from hce_jax import command
@@ -19,10 +21,9 @@ def main() -> None:
     if _CONFIG.value is None:
         raise UserError("no configuration given; run: python train.py --config configs/linear_hce.py")
     result = fit(_CONFIG.value)
-    print(f"best        {result.checkpoint} (validation macro F1 {result.val_f1_macro:.4f})")
     if result.test is not None:
         print(f"test        macro F1 {result.test.f1_macro:.4f}, micro F1 {result.test.f1_micro:.4f}")
-    print(f"next        python evaluate.py --split id --run '{result.run}'")
+        print(f"next        python evaluate.py --split id --run {shlex.quote(str(result.run))}")
 
 
 if __name__ == "__main__":

@@ -70,9 +70,9 @@ def get_config() -> ConfigDict:
     config.gradient_clip_val = 1.0
 
     # --- training ---
-    # Cells a step, over all devices together. The published 2048 leaves 11 steps an epoch on the small simulated atlas.
-    config.batch_size = 2048 if config.data_path else 256
-    # Epochs at most.
+    # Cells a step, over all devices together. (On the small simulated atlas 2048 becomes 256.)
+    config.batch_size = 2048
+    # Epochs at most. (On the small simulated atlas 50 become 20.)
     config.max_epochs = 50
     # Epochs without a better validation macro F1 after which training stops.
     config.early_stopping_patience = 10

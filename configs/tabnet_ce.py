@@ -18,6 +18,4 @@ def get_config() -> ConfigDict:
     config.learning_rate = 5e-3
     config.weight_decay = 0.05
     config.augment_training_data = True
-    # A first look at the simulated atlas: 2 to 3 minutes on two CPU cores. More epochs raise the score a little.
-    config.max_epochs = 50 if config.data_path else 20
     return config

@@ -39,7 +39,7 @@ class ModelCard:
     Attributes
     ----------
     config
-        ``model_type`` and the model's hyper-parameters.
+        ``model_type``, the model's hyper-parameters, and the precision of training.
     gene_ids, gene_names
         The genes of the input, in order.
     labels, cl_ids
@@ -86,7 +86,7 @@ def _orbax_errors(problem: str) -> Iterator[None]:
         yield
         return
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
     hook = sys.unraisablehook
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -321,7 +321,7 @@ def load_model(path: str | Path, precision: Precision | None = None) -> Predicto
     path
         A checkpoint folder, or a run folder (its best checkpoint is taken).
     precision
-        How matrix products are computed; float32 on a CPU and TF32 on an accelerator if not given.
+        How matrix products are computed; as in training if not given.
 
     Raises
     ------
@@ -338,7 +338,11 @@ def load_model(path: str | Path, precision: Precision | None = None) -> Predicto
     n_genes, n_types = len(card.gene_ids), len(card.labels)
     model = nnx.eval_shape(
         lambda: build_model(
-            card.config, n_genes, n_types, nnx.Rngs(0), precision=precision or resolve_precision("auto")
+            card.config,
+            n_genes,
+            n_types,
+            nnx.Rngs(0),
+            precision=precision or resolve_precision(card.config["precision"]),
         )
     )
     graphdef, params, stats = nnx.split(model, nnx.Param, ...)
@@ -368,6 +372,13 @@ def _read_card(path: Path) -> ModelCard:
             f"the checkpoint {path} has format version {fields['format_version']}, this hce_jax reads up to "
             f"{FORMAT_VERSION}; install a newer one"
         )
+    try:
+        return _card_of(fields)
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"the card of the checkpoint {path} is damaged: {error}") from error
+
+
+def _card_of(fields: dict[str, Any]) -> ModelCard:
     lists = {name: tuple(fields[name]) for name in ("gene_ids", "gene_names", "labels")}
     cl_ids = tuple(fields["cl_ids"]) if fields["cl_ids"] is not None else None
     return ModelCard(**{**fields, **lists, "cl_ids": cl_ids})

@@ -1,6 +1,7 @@
 """What every command shares: flags, and a user's mistake as one line and exit code 2."""
 
 import logging
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -27,6 +28,14 @@ def run(main: Callable[[], None]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # the reader of our output has left, as `head` does
+        sys.stdout = open(os.devnull, "w")
+        sys.exit(1)
+    except OSError as error:  # a place that cannot be read or written, a full disk
+        if error.filename is None:
+            raise
+        print(f"error: cannot use {error.filename}: {error.strerror}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -44,8 +53,8 @@ def _parse_flags() -> None:
         raise ConfigError(str(error)) from error
     except (AttributeError, KeyError) as error:  # ml_collections: an override of a field that the configuration lacks
         raise ConfigError(_unknown_field(str(error))) from error
-    except (OSError, ImportError, SyntaxError) as error:  # ml_collections: the file behind --config
-        raise ConfigError(f"the configuration file cannot be read: {' '.join(str(error).split())}") from error
+    except Exception as error:  # a user's own configuration file may raise anything
+        raise ConfigError(f"the configuration file cannot be read: {type(error).__name__}: {error}") from error
     if rest:
         raise ConfigError(f"unexpected argument {rest[0]!r}; flags are written --name=value (see --help)")
 

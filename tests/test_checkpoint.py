@@ -17,7 +17,7 @@ from hce_jax.store import open_store
 from hce_jax.typing import PRECISIONS
 
 CARD = ModelCard(
-    config={"model_type": "linear"},
+    config={"model_type": "linear", "precision": "float32"},
     gene_ids=("ENSG1", "ENSG2", "ENSG3", "ENSG4"),
     gene_names=("A", "B", "C", "D"),
     labels=("T cell", "CD4-positive T cell", "B cell"),

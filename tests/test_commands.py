@@ -54,7 +54,7 @@ def test_training_says_what_it_does_and_what_comes_next(store_path, trained):
     assert "90 training and 23 validation cells, 12 genes, 5 cell types" in trained
     assert "linear, 65 parameters, hierarchical cross entropy, seed 1" in trained  # 12 x 5 + 5
     assert len(re.findall(r"^epoch +\d+ +train loss [\d.]+ F1 [\d.]+ +val loss", trained, re.MULTILINE)) == 2
-    assert f"next        python evaluate.py --split id --run '{run_folder}'" in trained
+    assert f"next        python evaluate.py --split id --run {run_folder}" in trained
 
 
 def test_evaluation_takes_the_newest_run_and_writes_the_metric_files_beside_it(store_path, trained):

@@ -173,8 +173,11 @@ def write_id_reports(
 
     Path(folder).mkdir(parents=True, exist_ok=True)
     for name, table in zip(("overall", "per_class", "subset"), reports, strict=True):
-        if table is not None:
-            with written_aside(Path(folder) / f"{model_type}_{name}_metrics.csv") as aside:
+        path = Path(folder) / f"{model_type}_{name}_metrics.csv"
+        if table is None:
+            path.unlink(missing_ok=True)  # an older evaluation's must not lie beside the new ones
+        else:
+            with written_aside(path) as aside:
                 table.to_csv(aside)
     return reports
 

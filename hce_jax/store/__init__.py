@@ -31,5 +31,6 @@ def open_store(path: str | Path) -> MerlinStore:
     """
     path = Path(path)
     if not path.is_dir():
-        raise StoreError(f"the store {path} does not exist; set DATA_PATH (or --config.data_path) to a store's folder")
+        problem = "is not a folder" if path.exists() else "does not exist"
+        raise StoreError(f"the store {path} {problem}; set DATA_PATH to a store's folder")
     return MerlinStore(read_side_files(path))

@@ -82,6 +82,11 @@ def _sparse_rows(column: pa.ChunkedArray, part: Path, n_genes: int) -> sp.csr_ar
     x = sp.csr_array(dense)
     if not (np.isfinite(x.data).all() and x.data.min(initial=0) >= 0):
         raise StoreError(f"{part} holds an X with a negative or non-finite value; X is ln(1 + counts), scaled per cell")
+    if x.nnz and (x.data == np.rint(x.data)).all():
+        raise StoreError(
+            f"{part} holds whole numbers only, which look like raw counts; X is scaled to 10,000 counts a cell, then "
+            "ln(1 + x): see hce_jax.preprocess.normalize_log1p"
+        )
     return x
 
 
@@ -100,11 +105,13 @@ def _check_part(part: Path, side: SideFiles) -> list[tuple[Path, int, int]]:
     except (OSError, pa.ArrowException) as error:
         raise StoreError(f"{part} is truncated or not a parquet file ({error})") from error
     for column in (EXPRESSION_COLUMN, LABEL_COLUMN):
+        if schema.names.count(column) > 1:
+            raise StoreError(f"{part} has {schema.names.count(column)} columns {column!r}; it must have one")
         if column not in schema.names:
             raise StoreError(f"{part} lacks the column {column!r}; it has {', '.join(schema.names)}")
     x_type, label_type = (schema.field(column).type for column in (EXPRESSION_COLUMN, LABEL_COLUMN))
     if not (pa.types.is_list(x_type) and pa.types.is_floating(x_type.value_type)):
-        raise StoreError(f"{part} has X of type {x_type}; it must be a list of floats")
+        raise StoreError(f"{part} has X of type {x_type}; write it as list<float>")
     if not pa.types.is_integer(label_type):
         raise StoreError(f"{part} has cell_type of type {label_type}; it must be the integer code of the label")
     leaves = [meta.schema.column(i).path.split(".")[0] for i in range(meta.num_columns)]
@@ -125,8 +132,8 @@ def _check_part(part: Path, side: SideFiles) -> list[tuple[Path, int, int]]:
 class MerlinStore:
     """The published store, opened and checked.
 
-    Opening reads the side files and the footer of every part. Parts sort by their number, columns are found by name;
-    ``_metadata`` files are not needed.
+    Opening reads the side files; asking for a split reads the footer of each of its parts. Parts sort by their number,
+    columns are found by name; ``_metadata`` files are not needed.
 
     Parameters
     ----------

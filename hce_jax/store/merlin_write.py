@@ -67,6 +67,7 @@ def complete_or_absent(destination: Path) -> Iterator[Path]:
     """
     partial = destination.with_name(f"{destination.name}.partial-{os.getpid()}")
     _refuse_existing(destination)
+    shutil.rmtree(partial, ignore_errors=True)  # of a killed process that had the same number
     partial.mkdir(parents=True)
     try:
         yield partial

@@ -62,6 +62,9 @@ def read_table(path: Path, columns: list[str]) -> pd.DataFrame:
     missing = [column for column in columns if column not in table.columns]
     if missing:
         raise StoreError(f"{path} lacks the column {missing[0]!r}; it has {', '.join(map(str, table.columns))}")
+    empty = [column for column in columns if table[column].isna().any()]
+    if empty:
+        raise StoreError(f"{path} has an empty entry in the column {empty[0]!r}")
     return table
 
 
@@ -135,12 +138,12 @@ class SideFiles:
             If the file is absent, of the wrong size, or holds a negative or non-finite weight.
         """
         path = self.path / filename
-        weights = read_array(path)
+        weights = read_array(path).astype(np.float32)
         if weights.shape != (self.n_types,):
             raise StoreError(f"{path} has shape {weights.shape}, but the store has {self.n_types} cell types")
         if not (np.isfinite(weights).all() and (weights >= 0).all() and weights.sum() > 0):
             raise StoreError(f"{path} holds a negative or non-finite weight, or only zeros")
-        return weights.astype(np.float32)
+        return weights
 
     def augmentations(self) -> Float[np.ndarray, "a g"]:
         """Read the augmentation vectors, (n, g) float32.

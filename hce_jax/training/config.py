@@ -1,14 +1,30 @@
 """Checks of a run's configuration; ``configs/common.py`` has the fields with their meanings and units."""
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from hce_jax.errors import ConfigError
+from hce_jax.store.builtin import builtin_atlas
 from hce_jax.typing import PRECISIONS
 
+#: Every field and its type: those of ``configs/common.py``.
+_TYPES: dict[str, type] = {
+    **dict.fromkeys(("data_path", "class_weights_filename", "model_type", "precision", "mask_type", "log_dir",
+                     "model_name"), str),
+    **dict.fromkeys(("sub_sample_frac", "dropout", "gamma", "momentum", "lambda_sparse", "epsilon", "learning_rate",
+                     "weight_decay", "lr_scheduler_gamma", "gradient_clip_val"), float),
+    **dict.fromkeys(("use_hierarchical_loss", "augment_training_data"), bool),
+    **dict.fromkeys(("data_seed", "shuffle_window", "hidden_size", "n_hidden", "n_d", "n_a", "n_steps", "n_independent",
+                     "n_shared", "virtual_batch_size", "lr_scheduler_step_size", "batch_size", "max_epochs",
+                     "early_stopping_patience", "seed", "save_top_k", "checkpoint_interval", "log_every_n_steps"), int),
+}  # fmt: skip
 _POSITIVE = ("learning_rate", "lr_scheduler_gamma")
-_NOT_NEGATIVE = ("weight_decay", "gradient_clip_val", "seed", "data_seed", "epsilon")
+_NOT_NEGATIVE = ("weight_decay", "gradient_clip_val", "epsilon")
+_SEEDS = ("seed", "data_seed")
 _AT_LEAST_ONE = (
     "batch_size",
     "max_epochs",
@@ -19,10 +35,43 @@ _AT_LEAST_ONE = (
     "shuffle_window",
     "log_every_n_steps",
 )
+#: On the small built-in atlas these stand for the published values, which would leave 11 steps an epoch.
+_BUILTIN_RECIPE = {"batch_size": (2048, 256), "max_epochs": (50, 20)}
+
+
+def resolve_config(config: Any) -> ConfigDict:
+    """Check a configuration and return a copy that says where the cells are.
+
+    Without a ``data_path`` that is the built-in simulated atlas, made when it is not there yet; on it the published
+    batch of 2,048 cells and 50 epochs become 256 and 20, and this is said.
+
+    Raises
+    ------
+    ConfigError
+        As :func:`check_config`.
+    StoreError
+        If the atlas cannot be made.
+
+    Examples
+    --------
+    >>> resolve_config(linear_hce.get_config()).data_path  # doctest: +SKIP
+    'data/simulated_v1'
+    """
+    if not isinstance(config, ConfigDict):
+        raise ConfigError(f"a configuration is a ConfigDict, not {type(config).__name__}; see configs/linear_hce.py")
+    check_config(config.to_dict())
+    config = ConfigDict(config.to_dict())
+    if not config.data_path:
+        config.data_path = str(builtin_atlas())
+        for name, (published, small) in _BUILTIN_RECIPE.items():
+            if config[name] == published:
+                config[name] = small
+                print(f"on the simulated atlas {name} is {small}, not the published {published:,}")
+    return config
 
 
 def check_config(config: Mapping[str, Any]) -> None:
-    """Check the values of a configuration before anything is read or written.
+    """Check fields, types and values of a configuration before anything is read or written.
 
     Raises
     ------
@@ -31,17 +80,31 @@ def check_config(config: Mapping[str, Any]) -> None:
 
     Examples
     --------
-    >>> check_config({"learning_rate": -1.0})
+    >>> from configs import common
+    >>> check_config({**common.get_config().to_dict(), "learning_rate": -1.0})
     Traceback (most recent call last):
     hce_jax.errors.ConfigError: config.learning_rate is -1.0; it must be above 0 and finite
     """
+    for name in (*config, *_TYPES):
+        if name not in _TYPES:
+            raise ConfigError(
+                f"the configuration has a field {name!r} that nothing reads; configs/common.py lists them"
+            )
+        if name not in config:
+            raise ConfigError(f"the configuration lacks the field {name!r}; begin with configs.common.get_config()")
+        kind, value = _TYPES[name], config[name]
+        accepted = (int, float) if kind is float else kind
+        if not isinstance(value, accepted) or (kind is not bool and isinstance(value, bool)):
+            raise ConfigError(f"config.{name} is {value!r}; it must be of type {kind.__name__}")
     for names, accepts, rule in (
         (_POSITIVE, lambda value: 0 < value < math.inf, "above 0 and finite"),
         (_NOT_NEGATIVE, lambda value: 0 <= value < math.inf, "0 or more and finite"),
-        (_AT_LEAST_ONE, lambda value: value >= 1, "1 or more"),
+        (_SEEDS, lambda value: 0 <= value < 2**32, "0 or more and below 2^32"),
+        (_AT_LEAST_ONE, lambda value: 1 <= value < 2**31, "1 or more and below 2^31"),
         (("sub_sample_frac",), lambda value: 0 < value <= 1, "above 0 and at most 1"),
-        (("precision",), lambda value: value in ("auto", *PRECISIONS), f"auto, {', '.join(PRECISIONS)}"),
+        (("precision",), lambda value: value in ("auto", *PRECISIONS), f"one of auto, {', '.join(PRECISIONS)}"),
+        (("model_name",), lambda value: re.fullmatch(r"[\w.-]*\w[\w.-]*", value), "a plain name of letters and digits"),
     ):
         for name in names:
-            if name in config and not accepts(config[name]):
+            if not accepts(config[name]):
                 raise ConfigError(f"config.{name} is {config[name]!r}; it must be {rule}")

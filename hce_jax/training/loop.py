@@ -17,8 +17,7 @@ from hce_jax.models import build_model, model_config
 from hce_jax.progress import progress
 from hce_jax.runs import checkpoint_name, new_run_folder
 from hce_jax.store import MerlinStore, Split, open_store
-from hce_jax.store.builtin import builtin_atlas
-from hce_jax.training.config import check_config
+from hce_jax.training.config import resolve_config
 from hce_jax.training.logging import EpochMeter, log_epoch, log_test, write_description
 from hce_jax.training.mesh import batch_sharding, data_mesh, replicated
 from hce_jax.training.optim import published_optimizer, step_schedule
@@ -80,10 +79,10 @@ def fit(config: ConfigDict) -> FitResult:
     >>> from configs import linear_hce
     >>> fit(linear_hce.get_config()).checkpoint  # doctest: +SKIP
     """
-    check_config(config.to_dict())
-    store = open_store(config.data_path or builtin_atlas())
+    config = resolve_config(config)
+    store = open_store(config.data_path)
     trainer = Trainer(config, store)
-    log_dir = Path(config.log_dir) if config.log_dir else store.side.path / "tb_logs"
+    log_dir = Path(config.log_dir).expanduser() if config.log_dir else store.side.path / "tb_logs"
     run = new_run_folder(log_dir, config.model_name, config.use_hierarchical_loss)
     write_description(run, config.to_dict(), trainer.hyper_parameters())
     print(f"{trainer.summary()}\nrun         {run}", flush=True)
@@ -95,11 +94,14 @@ def fit(config: ConfigDict) -> FitResult:
             meter = trainer.train_epoch(epoch, writer)
             val = trainer.validate()
             log_epoch(writer, epoch, trainer.steps_taken, meter, val)
-            best.offer(epoch, val.f1_macro, partial(trainer.save, epoch=epoch, val=val))
-            if stopping.stops_after(val.f1_macro):
+            stops_early = stopping.stops_after(val.f1_macro)
+            last = stops_early or epoch + 1 == config.max_epochs
+            best.offer(epoch, val.f1_macro, partial(trainer.save, epoch=epoch, val=val), last)
+            if stops_early:
                 print(f"no better validation macro F1 in {stopping.patience} epochs: stopped early")
                 break
-        test = trainer.test(best.path) if store.has_split("test") else None
+        print(f"best        {best.path} (validation macro F1 {best.score:.4f})", flush=True)
+        test = trainer.test(best.path)
         log_test(writer, trainer.steps_taken, best.score, test)
     return FitResult(run, best.path, best.score, epoch + 1, test)
 
@@ -142,10 +144,14 @@ class BestCheckpoints:
         self._folder, self._top_k, self._interval = folder, top_k, interval
         self._kept: list[tuple[float, Path]] = []  # best first
 
-    def offer(self, epoch: int, score: float, save: Callable[[Path], None]) -> None:
-        """Save this epoch's model if it is among the best, then delete the one it replaces."""
+    def offer(self, epoch: int, score: float, save: Callable[[Path], None], last: bool = False) -> None:
+        """Save this epoch's model if it is among the best, then delete the one it replaces.
+
+        The last epoch is saved whatever the interval if none was before it: no training ends with nothing.
+        """
+        due = (epoch + 1) % self._interval == 0 or (last and not self._kept)
         full = len(self._kept) == self._top_k
-        if (epoch + 1) % self._interval or (full and score <= self._kept[-1][0]):
+        if not due or (full and score <= self._kept[-1][0]):
             return
         path = self._folder / checkpoint_name(epoch, score)
         save(path)
@@ -185,6 +191,8 @@ class Trainer:
         side = store.side
         self.train_split = store.split("train", config.sub_sample_frac)
         self.val_split = store.split("val", config.sub_sample_frac)
+        # Checked now, not after training.
+        self.test_split = store.split("test") if store.has_split("test") else None
         self.steps_per_epoch = batches_per_epoch(self.train_split, config.batch_size)
         mesh = data_mesh()
         self._batch_sharding, self._replicated = batch_sharding(mesh, config.batch_size), replicated(mesh)
@@ -243,11 +251,13 @@ class Trainer:
         """Evaluate the present weights on the validation split."""
         return self._evaluate(self.val_split, self.state.params, self.state.stats)
 
-    def test(self, checkpoint: Path) -> Evaluation:
-        """Evaluate a checkpoint on the test split, which is never sub-sampled."""
+    def test(self, checkpoint: Path) -> Evaluation | None:
+        """Evaluate a checkpoint on the test split, which is never sub-sampled; None where the store has none."""
+        if self.test_split is None:
+            return None
         predictor = load_model(checkpoint, self.precision)
         params, stats = jax.device_put((predictor.params, predictor.stats), self._replicated)
-        return self._evaluate(self.store.split("test"), params, stats)
+        return self._evaluate(self.test_split, params, stats)
 
     def _evaluate(self, split: Split, params: nnx.State, stats: nnx.State) -> Evaluation:
         size = self.config.batch_size
@@ -260,7 +270,7 @@ class Trainer:
         """Write the present weights as a self-contained checkpoint."""
         config, side = self.config, self.store.side
         card = ModelCard(
-            config=self._model_settings(),
+            config={**self._model_settings(), "precision": self.precision.name},
             gene_ids=side.gene_ids,
             gene_names=side.gene_names,
             labels=side.labels,

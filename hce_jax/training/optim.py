@@ -19,7 +19,9 @@ def step_schedule(learning_rate: float, gamma: float, step_size: int, steps_per_
     >>> [float(schedule(step)) for step in (0, 9, 10)]
     [1.0, 1.0, 0.5]
     """
-    return optax.exponential_decay(learning_rate, step_size * steps_per_epoch, gamma, staircase=True)
+    # More steps than int32 holds are never taken.
+    steps = min(step_size * steps_per_epoch, 2**31 - 1)
+    return optax.exponential_decay(learning_rate, steps, gamma, staircase=True)
 
 
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:

@@ -109,7 +109,7 @@ def text_genes(table):
     ("change", "says"),
     [
         (text_label, r"part.1.parquet has cell_type of type string; it must be the integer code"),
-        (text_genes, r"part.1.parquet has X of type list<\w+: string>; it must be a list of floats"),
+        (text_genes, r"part.1.parquet has X of type list<\w+: string>; write it as list<float>"),
         (lambda table: table.drop_columns(["cell_type"]), r"part.1.parquet lacks the column 'cell_type'; it has X"),
         (lambda table: table.drop_columns(["X"]), r"part.1.parquet lacks the column 'X'"),
         (shorten_all, r"part.1.parquet holds X of length 11, but var.parquet names 12 genes"),
@@ -140,6 +140,10 @@ def set_value(value):
     return change
 
 
+def raw_counts(table):
+    return with_column(table, "X", [[float(round(v)) for v in row] for row in table["X"].to_pylist()])
+
+
 def no_label(table):
     return with_column(table, "cell_type", [None, *table["cell_type"].to_pylist()[1:]])
 
@@ -150,6 +154,7 @@ def no_label(table):
         (set_value(float("nan")), "holds an X with a negative or non-finite value"),
         (set_value(float("inf")), "holds an X with a negative or non-finite value"),
         (set_value(-0.5), "holds an X with a negative or non-finite value"),
+        (raw_counts, "holds whole numbers only, which look like raw counts"),
         (set_value(None), "holds an X with empty entries"),
         (no_label, "has a cell without cell_type in row group 0"),
     ],

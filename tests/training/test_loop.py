@@ -193,7 +193,7 @@ def test_a_sub_sample_uses_the_first_parts_of_train_and_val_only(store_path, tmp
         ({"batch_size": 91}, "config.batch_size is 91, but the train split has 90 cells"),
         ({"max_epochs": 0}, "config.max_epochs is 0; it must be 1 or more"),
         ({"sub_sample_frac": 0.0}, "config.sub_sample_frac is 0.0; it must be above 0 and at most 1"),
-        ({"precision": "fp8"}, "config.precision is 'fp8'; it must be auto, float32, tf32, bf16"),
+        ({"precision": "fp8"}, "config.precision is 'fp8'; it must be one of auto, float32, tf32, bf16"),
         ({"epsilon": -1e-6}, "config.epsilon is -1e-06; it must be 0 or more and finite"),
         ({"learning_rate": float("inf")}, "config.learning_rate is inf; it must be above 0 and finite"),
         ({"weight_decay": float("nan")}, "config.weight_decay is nan; it must be 0 or more and finite"),
