@@ -7,6 +7,7 @@
 """
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from hce_jax.errors import CheckpointError, ConfigError
@@ -58,8 +59,11 @@ def checkpoint_name(epoch: int, val_f1_macro: float) -> str:
     return f"val_f1_macro_epoch={epoch}_val_f1_macro={val_f1_macro:.3f}.ckpt"
 
 
-def best_checkpoint(run: Path) -> Path | None:
-    """Return the checkpoint of a run with the highest F1 in its name, the earliest of equals; None if there is none.
+def best_checkpoint(run: Path, exact_score: Callable[[Path], float] = lambda path: 0.0) -> Path | None:
+    """Return the checkpoint of a run with the highest F1 in its name; None if there is none.
+
+    Names hold three digits: of checkpoints with the same, the one with the highest exact score, and then the earliest,
+    is taken.
 
     Examples
     --------
@@ -67,7 +71,10 @@ def best_checkpoint(run: Path) -> Path | None:
     True
     """
     found = [(match, path) for path in (run / "checkpoints").glob("*") if (match := _CHECKPOINT.fullmatch(path.name))]
-    return max(found, key=lambda each: (float(each[0][2]), -int(each[0][1])))[1] if found else None
+    best = [(match, path) for match, path in found if float(match[2]) == max(float(other[2]) for other, _ in found)]
+    if len(best) > 1:
+        best.sort(key=lambda each: (-exact_score(each[1]), int(each[0][1])))
+    return best[0][1] if best else None
 
 
 def newest_run(log_dir: Path) -> Path:
@@ -91,8 +98,10 @@ def newest_run(log_dir: Path) -> Path:
     return runs[-1]
 
 
-def resolve_checkpoint(path: Path) -> Path:
+def resolve_checkpoint(path: Path, exact_score: Callable[[Path], float] = lambda path: 0.0) -> Path:
     """Return the checkpoint that a user names: a checkpoint folder itself, or the best one of a run folder.
+
+    ``exact_score`` as in :func:`best_checkpoint`.
 
     Raises
     ------
@@ -106,7 +115,7 @@ def resolve_checkpoint(path: Path) -> Path:
     if not path.exists():
         raise CheckpointError(f"{path} does not exist; name a checkpoint folder (*.ckpt) or a run folder (version_N)")
     if (path / "checkpoints").is_dir():
-        checkpoint = best_checkpoint(path)
+        checkpoint = best_checkpoint(path, exact_score)
         if checkpoint is None:
             raise CheckpointError(f"the run {path} has no checkpoint yet; it saves one after its first epoch")
         return checkpoint

@@ -13,6 +13,7 @@ from stores import write_tiny_store
 from hce_jax.checkpoint import FORMAT_VERSION, ModelCard, delete_checkpoint, load_model, save_model
 from hce_jax.errors import CheckpointError
 from hce_jax.models import build_model
+from hce_jax.runs import checkpoint_name
 from hce_jax.store import open_store
 from hce_jax.typing import PRECISIONS
 
@@ -172,3 +173,11 @@ def test_a_store_of_other_genes_or_labels_is_refused_with_the_first_difference(c
     predictor.check_store(fitting)
     with pytest.raises(CheckpointError, match=says):
         predictor.check_store(dataclasses.replace(fitting, **changes))
+
+
+def test_the_best_of_a_run_is_the_best_also_where_three_digits_are_equal(tmp_path, model):
+    _, params, stats = nnx.split(model, nnx.Param, ...)
+    for epoch, score in enumerate((0.9006, 0.9012, 0.9009)):
+        card = dataclasses.replace(CARD, epoch=epoch, scores=CARD.scores | {"val_f1_macro": score})
+        save_model(tmp_path / "checkpoints" / checkpoint_name(epoch, score), card, REACH, params, stats)
+    assert load_model(tmp_path).card.epoch == 1

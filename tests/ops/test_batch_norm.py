@@ -50,7 +50,10 @@ def test_running_statistics_follow_the_parts_one_after_the_other_with_the_unbias
 
 def test_a_part_of_one_cell_is_refused_with_the_fields_to_change():
     one = Moments(jnp.ones((2, 1)), jnp.ones((2, 1)))
-    with pytest.raises(ConfigError, match=r"config.batch_size is 21, cut into .* one cell.*config.batch_size or config.virtual_batch_size"):
+    with pytest.raises(
+        ConfigError,
+        match=r"config.batch_size is 21, cut into .* one cell.*config.batch_size or config.virtual_batch_size",
+    ):
         batch_norm.update_running(Moments(jnp.zeros(1), jnp.ones(1)), one, [20, 1], 0.1)
 
 
