@@ -31,7 +31,7 @@ def builtin_atlas() -> Path:
         file=sys.stderr,
     )
     if not BUILTIN_ATLAS.is_dir():
-        print(f"making {BUILTIN_ATLAS} (once, about 20 s) ...", file=sys.stderr)
+        print(f"making {BUILTIN_ATLAS} (once, about 10 s) ...", file=sys.stderr)
         start = time.perf_counter()
         try:
             simulate_atlas(BUILTIN_ATLAS)
