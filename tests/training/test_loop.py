@@ -167,6 +167,13 @@ def test_the_best_checkpoints_stay_and_of_equals_the_earlier(tmp_path, top_k, in
     assert best.score == (0.9 if interval == 1 else 0.8)
 
 
+def test_the_last_epoch_is_saved_when_the_interval_left_no_other(tmp_path):
+    best = BestCheckpoints(tmp_path, top_k=1, interval=9)
+    for epoch in range(2):
+        best.offer(epoch, 0.5, lambda path: path.mkdir(), last=epoch == 1)
+    assert "epoch=1_" in best.path.name
+
+
 def test_no_checkpoint_is_lost_when_saving_the_next_one_fails(tmp_path):
     best = BestCheckpoints(tmp_path, top_k=1, interval=1)
     best.offer(0, 0.5, lambda path: path.mkdir())
