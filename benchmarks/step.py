@@ -57,7 +57,7 @@ def jax_step(args: argparse.Namespace, model_type: str) -> Step:
     import jax.numpy as jnp
     from flax import nnx
 
-    from hce_jax.input import CellBatch
+    from hce_jax.input import batch_of_values
     from hce_jax.models import build_model
     from hce_jax.training.optim import published_optimizer, step_schedule
     from hce_jax.training.steps import Objective, init_state, make_train_step
@@ -72,7 +72,7 @@ def jax_step(args: argparse.Namespace, model_type: str) -> Step:
     graphdef, state = init_state(model, optimizer)
     objective = Objective(jnp.asarray(reachability), jnp.ones(args.types), True, 1e-6)
     train_step = make_train_step(graphdef, objective, optimizer, jax.random.key(0))
-    batch = jax.device_put(CellBatch(x, targets.astype(np.int32), np.ones(args.batch_size, bool)))
+    batch = jax.device_put(batch_of_values(x, targets))
 
     def step() -> None:
         nonlocal state

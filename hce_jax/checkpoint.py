@@ -20,6 +20,7 @@ from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
 from hce_jax.errors import CheckpointError
+from hce_jax.input import CellBatch, densify
 from hce_jax.models import MODELS, build_model
 from hce_jax.runs import resolve_checkpoint
 from hce_jax.store import SideFiles
@@ -219,6 +220,16 @@ class Predictor:
         """
         return np.concatenate(list(self._in_batches(_probabilities, x, batch_size)))
 
+    def predict_batch(self, batch: CellBatch) -> Float[np.ndarray, "n c"]:
+        """Return the probabilities of the real cells of a batch of the input pipeline, as :meth:`predict_proba`.
+
+        Examples
+        --------
+        >>> predictor.predict_batch(next(iter(evaluation_batches(split, 2048)))).shape  # doctest: +SKIP
+        (2048, 164)
+        """
+        return np.asarray(self._apply(_probabilities_of_batch, self.params, self.stats, batch))[np.asarray(batch.real)]
+
     def embed(self, x: Cells, batch_size: int = 2048) -> Float[np.ndarray, "n h"]:
         """Return the embedding of each cell: MLP, the last hidden layer; TabNet, the sum of the steps' outputs.
 
@@ -270,9 +281,9 @@ class Predictor:
             yield jax.tree.map(lambda output: np.asarray(output)[: len(dense)], outputs)  # noqa: B023 (used at once)
 
     def _apply_to_batch(
-        self, function: Callable[[nnx.Module, Array], Any], params: nnx.State, stats: nnx.State, x_bg: Array
+        self, function: Callable[[nnx.Module, Any], Any], params: nnx.State, stats: nnx.State, cells: Array | CellBatch
     ) -> Any:
-        return function(nnx.merge(self.graphdef, params, stats), x_bg)
+        return function(nnx.merge(self.graphdef, params, stats), cells)
 
     def check_store(self, side: SideFiles) -> None:
         """Check that a store has this model's genes and labels, in the same order.
@@ -303,6 +314,10 @@ class Predictor:
 
 def _probabilities(model: nnx.Module, x_bg: Array) -> Float[Array, "b c"]:
     return jax.nn.softmax(model(x_bg)[0])
+
+
+def _probabilities_of_batch(model: nnx.Module, batch: CellBatch) -> Float[Array, "b c"]:
+    return _probabilities(model, densify(batch))
 
 
 def _embedding(model: nnx.Module, x_bg: Array) -> Float[Array, "b h"]:

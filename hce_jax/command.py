@@ -4,7 +4,8 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from absl import flags
 
@@ -12,9 +13,7 @@ from hce_jax.errors import ConfigError, UserError
 
 
 def run(main: Callable[[], None]) -> None:
-    """Parse the command line's absl flags, run ``main``, and exit.
-
-    Exit codes: 0 done, 2 a user's mistake (one line on standard error), 1 anything else, 130 interrupted.
+    """Parse the command line's absl flags and run ``main``; end as :func:`exit_codes` says.
 
     Examples
     --------
@@ -22,9 +21,24 @@ def run(main: Callable[[], None]) -> None:
     ...     run(main)
     """
     logging.getLogger("absl").setLevel(logging.WARNING)
-    try:
+    with exit_codes():
         _parse_flags()
         main()
+
+
+@contextmanager
+def exit_codes() -> Iterator[None]:
+    """End the process as every command does.
+
+    Exit codes: 0 done, 2 a user's mistake (one line on standard error), 1 anything else, 130 interrupted.
+
+    Examples
+    --------
+    >>> with exit_codes():  # doctest: +SKIP
+    ...     main()
+    """
+    try:
+        yield
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -36,8 +50,8 @@ def run(main: Callable[[], None]) -> None:
             raise
         print(f"error: cannot use {error.filename}: {error.strerror}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(str(interrupt) or "interrupted", file=sys.stderr)
         sys.exit(130)
 
 

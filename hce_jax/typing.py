@@ -25,9 +25,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, Int, Key
+from jaxtyping import Bool, Float, Int, Key, Num, UInt8
 
-__all__ = ["PRECISIONS", "AnyArray", "Array", "Bool", "Float", "Int", "Key", "Precision", "resolve_precision"]
+__all__ = ["PRECISIONS", "AnyArray", "Array", "Bool", "Float", "Int", "Key", "Num", "Precision", "UInt8", "resolve_precision"]
 
 Array = jax.Array
 AnyArray = jax.Array | np.ndarray

@@ -22,9 +22,9 @@ def test_the_blood_store_opens_with_the_sizes_its_description_gives(real_dir):
     assert int(store.side.reachability.sum()) - 16 == 16  # strict edges
     cells = pd.read_csv(real_dir / "pbmc_store_cells.csv.gz")
     block = store.split("test").read_block(3, ("cell_type", "soma_joinid"))
-    expected = cells.set_index("soma_joinid").loc[block.columns["soma_joinid"]]
+    expected = cells.set_index("soma_joinid").loc[block.column("soma_joinid")]
     column = next(name for name in expected.columns if set(expected[name]) <= set(store.side.labels))
-    assert [store.side.labels[code] for code in block.columns["cell_type"]] == list(expected[column])
+    assert [store.side.labels[code] for code in block.column("cell_type")] == list(expected[column])
 
 
 def test_the_164_published_types_have_a_valid_hierarchy_of_381_edges_and_the_80_type_subset(real_dir):
@@ -70,7 +70,7 @@ def test_raw_counts_normalised_by_us_are_the_store_s_values(real_dir, name):
         cells = store.split(split)
         for index in range(len(cells.block_sizes)):
             block = cells.read_block(index, ("soma_joinid",))
-            ids = block.columns["soma_joinid"]
+            ids = block.column("soma_joinid")
             here = np.isin(ids, ours.index)
             np.testing.assert_allclose(block.x.toarray()[here], ours.loc[ids[here]], atol=1e-6)
             found += here.sum()

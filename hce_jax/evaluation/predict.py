@@ -50,7 +50,7 @@ def _predicted_batches(
 ) -> Iterator[tuple[CellBatch, Float[np.ndarray, "n c"]]]:
     with progress(evaluation_batches(split, batch_size), -(-split.n_cells // batch_size), split.name) as bar:
         for batch in bar:
-            yield batch, predictor.predict_proba(batch.x, batch_size)[batch.real]
+            yield batch, predictor.predict_batch(batch)
 
 
 def predict(

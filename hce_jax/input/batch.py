@@ -1,57 +1,263 @@
-"""A batch of cells, as it is given to the devices."""
+"""A batch of cells: packed on the host, dense on the devices."""
 
+import dataclasses
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-import scipy.sparse as sp
 
-from hce_jax.typing import AnyArray, Bool, Float, Int
+from hce_jax.errors import ConfigError, StoreError
+from hce_jax.store import LABEL_COLUMN, Block, Entries, Split
+from hce_jax.store.block import COUNTS, SCALE, VALUES
+from hce_jax.typing import AnyArray, Array, Bool, Float, Int, Num, UInt8
+
+#: Standard deviations above the mean that the smallest size has room for.
+_DEVIATIONS = 3
+#: Entries of a line: streams are filled up to whole lines.
+LINE = 128
+#: What the amounts of the two streams are.
+AMOUNT_TYPES = {COUNTS: np.uint8, VALUES: np.float32}
 
 
-class CellBatch(NamedTuple):
-    """One batch; numpy arrays on the host, JAX arrays on the devices.
+class PackedStream(NamedTuple):
+    """The walks of hce_jax.store.packing over the cells of a batch, one for each of the p parts it is given in.
 
     Attributes
     ----------
-    x
-        Expression (b, g), sf-log1p, float32.
+    gaps, amounts
+        Entries (p, e), filled up with zeros.
+    rows
+        The row within its part of each cell in the walk (p, b / p), filled up with zeros.
+    """
+
+    gaps: UInt8[AnyArray, "p e"]
+    amounts: Num[AnyArray, "p e"]
+    rows: Int[AnyArray, "p r"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class CellBatch:
+    """One batch; numpy arrays on the host, JAX arrays on the devices. All are split over devices by their first axis.
+
+    Attributes
+    ----------
+    counts, values
+        Expression of the cells that are known by counts, and of the others; see :func:`densify`.
+    scale
+        Factor of each cell's counts (b,).
     targets
         Label of each cell (b,), int32.
     real
         False for the rows that only fill the last batch up (b,).
-
-    Examples
-    --------
-    >>> batch = CellBatch(np.zeros((2, 3), np.float32), np.zeros(2, np.int32), np.array([True, False]))
-    >>> int(batch.real.sum())
-    1
+    n_genes
+        Genes g.
     """
 
-    x: Float[AnyArray, "b g"]
+    counts: PackedStream
+    values: PackedStream
+    scale: Float[AnyArray, "b"]
     targets: Int[AnyArray, "b"]
     real: Bool[AnyArray, "b"]
+    n_genes: int = dataclasses.field(metadata={"static": True})
 
 
-def make_batch(x: sp.csr_array, targets: np.ndarray, batch_size: int) -> CellBatch:
-    """Make at most ``batch_size`` cells dense and fill the batch up with empty rows that are marked as not real.
+class Capacity(NamedTuple):
+    """Entries that the two streams of one part of a batch have room for."""
+
+    counts: int
+    values: int
+
+
+def capacities(counts: Entries, values: Entries, n_cells: int) -> tuple[Capacity, ...]:
+    r"""Return the three sizes that parts of n cells come in.
+
+    With mean m and most M of a cell, the smallest holds :math:`n m + 3 \sqrt{n m (M - m)}`: n cells drawn at random
+    have that mean, and no larger standard deviation, whatever the distribution between 0 and M. The next holds twice
+    as much; the last n M, the most there can be. A part takes the smallest that holds it, so a step is compiled at most
+    three times, and nothing is ever cut off.
 
     Parameters
     ----------
-    x
-        Expression (n, g), n <= batch_size.
-    targets
-        Labels (n,).
-    batch_size
-        Rows b of the result.
+    counts, values
+        Entries of a cell in the two streams.
+    n_cells
+        Cells of a part.
 
     Examples
     --------
-    >>> make_batch(sp.csr_array(np.eye(2, dtype=np.float32)), np.array([1, 0]), 3).real.tolist()
-    [True, True, False]
+    >>> capacities(Entries(2190.0, 7000), Entries(0.0, 0), 2048)
+    (Capacity(counts=4925824, values=0), Capacity(counts=9851520, values=0), Capacity(counts=14336000, values=0))
     """
-    n_cells, n_genes = x.shape
-    dense = np.zeros((batch_size, n_genes), np.float32)
-    x.toarray(out=dense[:n_cells])
-    padded = np.zeros(batch_size, np.int32)
-    padded[:n_cells] = targets
-    return CellBatch(dense, padded, np.arange(batch_size) < n_cells)
+    return tuple(map(Capacity, _rooms(counts, n_cells), _rooms(values, n_cells)))
+
+
+def _rooms(entries: Entries, n_cells: int) -> list[int]:
+    mean, most = entries
+    likely = n_cells * mean + _DEVIATIONS * math.sqrt(n_cells * mean * max(most - mean, 0))
+    largest = n_cells * most
+    return [math.ceil(min(room, largest) / LINE) * LINE for room in (likely, 2 * likely, largest)]
+
+
+def smallest_capacity(sizes: Sequence[Capacity], needed: Capacity) -> Capacity:
+    """Return the first of the sizes with enough room.
+
+    Raises
+    ------
+    StoreError
+        If there is none: the store is wrong about the most entries of a cell.
+
+    Examples
+    --------
+    >>> smallest_capacity([Capacity(128, 0), Capacity(256, 0)], Capacity(130, 0))
+    Capacity(counts=256, values=0)
+    """
+    for size in sizes:
+        if needed.counts <= size.counts and needed.values <= size.values:
+            return size
+    raise StoreError(
+        f"a batch has {needed.counts} entries of counts and {needed.values} of values, but by the store's own account "
+        f"at most {sizes[-1].counts} and {sizes[-1].values}; its store.json is damaged, convert its source again"
+    )
+
+
+def make_batch(cells: Sequence[Block], batch_size: int, sizes: Sequence[Capacity], n_parts: int = 1) -> CellBatch:
+    """Join at most ``batch_size`` cells and fill the batch up with empty rows that are marked as not real.
+
+    Parameters
+    ----------
+    cells
+        Pieces of blocks, at least one, in the order of the rows.
+    batch_size
+        Rows b of the result, a multiple of ``n_parts``.
+    sizes
+        From :func:`capacities`, for b / n_parts cells.
+    n_parts
+        Parts of equal numbers of rows with streams of their own: one for each device.
+
+    Raises
+    ------
+    StoreError
+        If none of the sizes has enough room.
+
+    Examples
+    --------
+    >>> block = Block.of_values(np.eye(2, dtype=np.float32), {"cell_type": np.array([1, 0])})
+    >>> batch = make_batch([block], 3, [Capacity(0, 128)])
+    >>> batch.real.tolist(), densify(batch).tolist()
+    ([True, True, False], [[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
+    """
+    n_rows, n_real = batch_size // n_parts, sum(len(block) for block in cells)
+    parts = _parts(cells, n_rows, n_parts)
+    needed = (max(_n_entries(part, names) for part in parts) for names in (COUNTS, VALUES))
+    size = smallest_capacity(sizes, Capacity(*needed))
+    scale, targets = np.zeros(batch_size, np.float32), np.zeros(batch_size, np.int32)
+    np.concatenate([block.column(SCALE) for block in cells], out=scale[:n_real])
+    np.concatenate([block.column(LABEL_COLUMN) for block in cells], out=targets[:n_real], casting="same_kind")
+    return CellBatch(
+        counts=_join(parts, COUNTS, size.counts, n_rows),
+        values=_join(parts, VALUES, size.values, n_rows),
+        scale=scale,
+        targets=targets,
+        real=np.arange(batch_size) < n_real,
+        n_genes=cells[0].n_genes,
+    )
+
+
+def batch_of_values(x_ng: Float[np.ndarray, "n g"], targets: Int[np.ndarray, "n"]) -> CellBatch:
+    """Make a batch of dense expression, sf-log1p.
+
+    Examples
+    --------
+    >>> densify(batch_of_values(np.eye(2, dtype=np.float32), np.array([1, 0]))).tolist()
+    [[1.0, 0.0], [0.0, 1.0]]
+    """
+    block = Block.of_values(x_ng, {LABEL_COLUMN: targets})
+    return make_batch([block], len(block), [Capacity(0, len(block.stream(VALUES).gaps))])
+
+
+def _parts(cells: Sequence[Block], n_rows: int, n_parts: int) -> list[list[Block]]:
+    """Cut a sequence of blocks into parts of n_rows cells; the last ones may have fewer, or none."""
+    parts: list[list[Block]] = [[] for _ in range(n_parts)]
+    row = 0
+    for block in cells:
+        start = 0
+        while start < len(block):
+            stop = min(len(block), start + n_rows - row % n_rows)
+            parts[row // n_rows].append(block.slice(start, stop))
+            row, start = row + stop - start, stop
+    return parts
+
+
+def _n_entries(part: Sequence[Block], names: tuple[str, str]) -> int:
+    return sum(len(block.stream(names).gaps) for block in part)
+
+
+def _join(parts: Sequence[Sequence[Block]], names: tuple[str, str], n_entries: int, n_rows: int) -> PackedStream:
+    joined = PackedStream(
+        np.empty((len(parts), n_entries), np.uint8),
+        np.empty((len(parts), n_entries), AMOUNT_TYPES[names]),
+        np.zeros((len(parts), n_rows), np.int32),
+    )
+    for part, gaps, amounts, rows in zip(parts, *joined, strict=True):
+        entry, sizes = 0, [np.zeros(0, np.int64)]
+        for block in part:
+            stream = block.stream(names)
+            into = slice(entry, entry := entry + len(stream.gaps))
+            gaps[into], amounts[into] = stream.gaps, stream.amounts
+            sizes.append(np.diff(stream.offsets))
+        gaps[entry:], amounts[entry:] = 0, 0
+        walked = np.flatnonzero(np.concatenate(sizes))
+        rows[: len(walked)] = walked
+    return joined
+
+
+def densify(batch: CellBatch) -> Float[Array, "b g"]:
+    """Return the expression of a batch, sf-log1p: ``ln(1 + scale * counts) + values``. For use inside a jitted step.
+
+    One cumulative sum and one scatter-add for each stream; see hce_jax.store.packing.
+
+    Examples
+    --------
+    >>> x = np.log1p(np.array([[2500.0, 7500.0]], np.float32))
+    >>> block = Block.of_recovered_counts(x, {"cell_type": np.array([3])})
+    >>> np.expm1(densify(make_batch([block], 1, [Capacity(128, 0)]))).round().tolist()
+    [[2500.0, 7500.0]]
+    """
+    n_cells = batch.targets.shape[0]
+    counts_bg, values_bg = (_walk(stream, n_cells, batch.n_genes) for stream in (batch.counts, batch.values))
+    return jnp.log1p(counts_bg * jnp.asarray(batch.scale)[:, None]) + values_bg
+
+
+def _walk(stream: PackedStream, n_cells: int, n_genes: int) -> Float[Array, "b g"]:
+    n_parts, n_entries = stream.gaps.shape
+    n_rows = n_cells // n_parts
+    if not n_entries:
+        return jnp.zeros((n_cells, n_genes))
+
+    def walk_part(gaps: Array, amounts: Array, rows: Array) -> Array:
+        place = jnp.cumsum(gaps.astype(jnp.int32)) - 1
+        at = rows[place // n_genes] * n_genes + place % n_genes
+        return jnp.zeros(n_rows * n_genes).at[at].add(amounts.astype(jnp.float32))
+
+    return jax.vmap(walk_part)(*jax.tree.map(jnp.asarray, stream)).reshape(n_cells, n_genes)
+
+
+def check_batch_fits(split: Split, n_cells: int) -> None:
+    """Refuse parts of a batch whose places or entries would not be numbered by int32.
+
+    Raises
+    ------
+    ConfigError
+        If there are too many, naming the most cells that fit.
+    """
+    widest = max(split.side.n_genes, split.count_entries.most, split.value_entries.most)
+    limit = (2**31 - 1) // widest
+    if n_cells > limit:
+        raise ConfigError(
+            f"a batch of {n_cells} cells a device is too large: with {split.side.n_genes} genes at most {limit} fit; "
+            "lower --config.batch_size"
+        )

@@ -1,45 +1,32 @@
-"""From a split to batches: Grain reads windows ahead in threads and cuts them into batches."""
+"""From a split to batches: Grain reads windows ahead in threads; batches are cut from them, joined, and prefetched."""
 
 import dataclasses
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
 
 import grain
+from jax.sharding import NamedSharding
 
 from hce_jax.errors import ConfigError
-from hce_jax.input.batch import CellBatch, make_batch
-from hce_jax.input.source import Shuffle, WindowSource
-from hce_jax.store import LABEL_COLUMN, Block, Split
+from hce_jax.input.batch import capacities, check_batch_fits, make_batch
+from hce_jax.input.source import Shuffle, WindowSource, n_shards, plan_windows
+from hce_jax.store import Block, Split
+from hce_jax.store.split import n_readers
 
-#: Unshuffled passes read this many batches at once: block ends that fall inside are not read twice.
-_PLAIN_WINDOW_BATCHES = 8
-
-
-@dataclasses.dataclass(frozen=True)
-class _CutIntoBatches(grain.experimental.FlatMapTransform):
-    batch_size: int
-    drop_last: bool
-    max_fan_out: int
-
-    def flat_map(self, element: Block) -> list["_Rows"]:
-        starts = range(0, len(element), self.batch_size)
-        rows = [_Rows(element, start, self.batch_size) for start in starts]
-        return [each for each in rows if each.is_full or not self.drop_last]
+#: Cells that an unshuffled pass reads at a time.
+_PLAIN_WINDOW = 2048
 
 
 @dataclasses.dataclass(frozen=True)
-class _Rows:
-    """A batch still inside its window: making it dense is left to the moment it is asked for."""
+class Hosts:
+    """Which of how many hosts reads."""
 
-    window: Block
-    start: int
-    batch_size: int
+    index: int
+    count: int
 
-    @property
-    def is_full(self) -> bool:
-        return self.start + self.batch_size <= len(self.window)
 
-    def to_batch(self) -> CellBatch:
-        cells = self.window.take(slice(self.start, self.start + self.batch_size))
-        return make_batch(cells.x, cells.columns[LABEL_COLUMN], self.batch_size)
+_ONE_HOST = Hosts(index=0, count=1)
 
 
 def batches_per_epoch(split: Split, batch_size: int) -> int:
@@ -63,7 +50,9 @@ def batches_per_epoch(split: Split, batch_size: int) -> int:
     return split.n_cells // batch_size
 
 
-def training_batches(split: Split, batch_size: int, shuffle: Shuffle, shuffle_window: int) -> grain.IterDataset:
+def training_batches(
+    split: Split, batch_size: int, shuffle: Shuffle, shuffle_window: int, *, n_parts: int = 1, hosts: Hosts = _ONE_HOST
+) -> grain.IterDataset:
     """One epoch of shuffled batches; the incomplete last one is dropped, as published.
 
     Parameters
@@ -71,33 +60,46 @@ def training_batches(split: Split, batch_size: int, shuffle: Shuffle, shuffle_wi
     split
         The cells.
     batch_size
-        Cells b of each batch.
+        Cells b of each batch, over all hosts.
     shuffle
-        data_seed and epoch: the order is a function of them alone.
+        data_seed and epoch.
     shuffle_window
-        Cells that are mixed at a time, rounded down to whole batches (at least one): they are held in memory, sparse,
-        a few times over while windows are read ahead.
+        Cells that are mixed at a time. They are held in memory, packed, and as many again are read ahead.
+    n_parts
+        Parts that the streams of a batch come in, one for each of this host's devices: a divisor of its rows.
+    hosts
+        This host's place: it gets its rows of each batch, and reads the blocks of its own shards only.
 
     Returns
     -------
-    Grain dataset of :class:`CellBatch`; its iterators have a state that can be saved.
+    Grain dataset of :class:`CellBatch`; its iterators have a state that can be saved. They raise StoreError where a
+    block is damaged; to ask again is to read again.
 
     Raises
     ------
     ConfigError
-        As :func:`batches_per_epoch`.
+        As :func:`batches_per_epoch`; or if the batch does not divide among the hosts, or is too large.
 
     Examples
     --------
     >>> for batch in training_batches(split, 2048, Shuffle(0, epoch=0), 32768):  # doctest: +SKIP
-    ...     print(batch.x.shape)
+    ...     print(batch.targets.shape)
     """
-    batches_per_epoch(split, batch_size)  # refuses a batch that no split fills
-    window_batches = max(shuffle_window // batch_size, 1)
-    return _batches(WindowSource(split, window_batches * batch_size, shuffle), batch_size, drop_last=True)
+    n_batches = batches_per_epoch(split, batch_size)  # refuses a batch that no split fills
+    shards = n_shards(batch_size)
+    if shards % hosts.count:
+        raise ConfigError(
+            f"config.batch_size is {batch_size}, which {hosts.count} hosts cannot share equally; make it a multiple of "
+            f"{hosts.count}, and the number of hosts one of 1, 2, 4, 8, 16"
+        )
+    share = shards // hosts.count
+    owned = range(hosts.index * share, (hosts.index + 1) * share)
+    windows = plan_windows(split.block_sizes, shards, owned, shuffle_window, shuffle)
+    cells = _Pass(WindowSource(split, windows, shuffle), batch_size // shards, n_batches, read_ahead=share)
+    return _batches(cells, batch_size // hosts.count, n_parts)
 
 
-def evaluation_batches(split: Split, batch_size: int) -> grain.IterDataset:
+def evaluation_batches(split: Split, batch_size: int, *, n_parts: int = 1) -> grain.IterDataset:
     """One pass in the order of the store that gives every cell once; the last batch is filled up and marked.
 
     Parameters
@@ -106,6 +108,8 @@ def evaluation_batches(split: Split, batch_size: int) -> grain.IterDataset:
         The cells.
     batch_size
         Rows b of each batch.
+    n_parts
+        As in :func:`training_batches`.
 
     Returns
     -------
@@ -116,13 +120,129 @@ def evaluation_batches(split: Split, batch_size: int) -> grain.IterDataset:
     >>> sum(int(batch.real.sum()) for batch in evaluation_batches(split, 2048))  # doctest: +SKIP
     3500032
     """
-    return _batches(WindowSource(split, _PLAIN_WINDOW_BATCHES * batch_size, None), batch_size, drop_last=False)
+    windows = plan_windows(split.block_sizes, 1, range(1), _PLAIN_WINDOW, None)
+    cells = _Pass(WindowSource(split, windows, None), batch_size, -(-split.n_cells // batch_size), read_ahead=1)
+    return _batches(cells, batch_size, n_parts)
 
 
-def _batches(source: WindowSource, batch_size: int, *, drop_last: bool) -> grain.IterDataset:
-    cut = _CutIntoBatches(batch_size, drop_last, max_fan_out=source.window_cells // batch_size)
-    # One window is read while the one before is used up: enough for order, little for memory.
-    windows = grain.MapDataset.source(source).to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
-    rows = grain.experimental.FlatMapIterDataset(windows, cut)
-    batches = rows.map(lambda each: each.to_batch())
+class StreamedSplit:
+    """The cells of a split, read for each pass and put on the devices ahead of their use.
+
+    Parameters
+    ----------
+    split
+        Where they are read: in a store, or held in memory.
+    batch_size
+        Cells b of each batch, a multiple of the number of devices.
+    sharding
+        How the first axis of every array of a batch is split over the devices.
+
+    Examples
+    --------
+    >>> cells = StreamedSplit(split, 2048, sharding)  # doctest: +SKIP
+    >>> for batch in cells.training_batches(Shuffle(0, epoch=0), 32768):  # doctest: +SKIP
+    ...     state, metrics = train_step(state, batch)
+    """
+
+    def __init__(self, split: Split, batch_size: int, sharding: NamedSharding):
+        self._split, self._batch_size, self._sharding = split, batch_size, sharding
+
+    def training_batches(self, shuffle: Shuffle, shuffle_window: int) -> grain.IterDataset:
+        """Give the batches of :func:`training_batches`, on the devices."""
+        n_parts = self._sharding.num_devices
+        return self._on_devices(
+            training_batches(self._split, self._batch_size, shuffle, shuffle_window, n_parts=n_parts)
+        )
+
+    def evaluation_batches(self) -> grain.IterDataset:
+        """Give the batches of :func:`evaluation_batches`, on the devices."""
+        return self._on_devices(evaluation_batches(self._split, self._batch_size, n_parts=self._sharding.num_devices))
+
+    def _on_devices(self, batches: grain.IterDataset) -> grain.IterDataset:
+        # No buffer on the host: the batches are prefetched there already.
+        return grain.experimental.device_put(batches, self._sharding, cpu_buffer_size=0, device_buffer_size=2)
+
+
+def _batches(cells: "_Pass", n_rows: int, n_parts: int) -> grain.IterDataset:
+    split = cells.source.split
+    check_batch_fits(split, n_rows // n_parts)
+    sizes = capacities(split.count_entries, split.value_entries, n_rows // n_parts)
+    batches = cells.map(lambda pieces: make_batch(pieces, n_rows, sizes, n_parts))
     return grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=2)
+
+
+class _Pass(grain.IterDataset):
+    """The cells of each batch, as pieces of blocks in the order of its rows.
+
+    Parameters
+    ----------
+    source
+        The windows of all shards, in the order in which they are needed.
+    n_rows
+        Cells that a batch takes of each shard.
+    n_batches
+        Batches; the last may find fewer cells.
+    read_ahead
+        Windows that are read while others are used up; more if there are many cores, two for each.
+    """
+
+    def __init__(self, source: WindowSource, n_rows: int, n_batches: int, read_ahead: int):
+        super().__init__()
+        self.source, self.n_rows, self.n_batches = source, n_rows, n_batches
+        readers = n_readers()
+        self.read_options = grain.ReadOptions(num_threads=readers, prefetch_buffer_size=max(read_ahead, 2 * readers))
+
+    def __iter__(self) -> "_PassIterator":
+        return _PassIterator(self)
+
+
+class _PassIterator(grain.DatasetIterator):
+    """Where a pass stands; its state is the number of the next batch."""
+
+    def __init__(self, cells: _Pass):
+        super().__init__()
+        self._pass = cells
+        self._go_to(0)
+
+    def get_state(self) -> dict[str, Any]:
+        return {"next_index": self._next_batch}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._windows.close()
+        self._go_to(state["next_index"])
+
+    def _go_to(self, batch: int) -> None:
+        """Go on at a batch: windows that it and later ones do not need are not read."""
+        source, begin = self._pass.source, batch * self._pass.n_rows
+        self._next_batch = batch
+        self._ahead = deque(window for window in source.windows if window.start + window.n_cells > begin)
+        needed = dataclasses.replace(source, windows=list(self._ahead))
+        self._windows = iter(grain.MapDataset.source(needed).to_iter_dataset(self._pass.read_options))
+        self._held: dict[int, deque[tuple[int, Block]]] = {window.shard: deque() for window in source.windows}
+
+    def __next__(self) -> list[Block]:
+        if self._next_batch >= self._pass.n_batches:
+            raise StopIteration
+        begin = self._next_batch * self._pass.n_rows
+        end = begin + self._pass.n_rows
+        try:
+            while self._ahead and self._ahead[0].start < end:
+                window = self._ahead.popleft()
+                self._held[window.shard].append((window.start, next(self._windows)))
+        except Exception:
+            self.set_state(self.get_state())  # or the window that could not be read would be passed over
+            raise
+        self._next_batch += 1
+        return [piece for held in self._held.values() for piece in _take(held, begin, end)]
+
+    def close(self) -> None:
+        self._windows.close()
+        super().close()
+
+
+def _take(held: deque[tuple[int, Block]], begin: int, end: int) -> Iterator[Block]:
+    """Yield a shard's cells from begin to end, and let go of the windows that they use up."""
+    for start, cells in list(held):
+        yield cells.slice(max(begin - start, 0), min(end - start, len(cells)))
+        if start + len(cells) <= end:
+            held.popleft()

@@ -4,55 +4,61 @@ import dataclasses
 import math
 import re
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import scipy.sparse as sp
 
 from hce_jax.errors import StoreError
 from hce_jax.store.block import Block
 from hce_jax.store.schema import EXPRESSION_COLUMN, LABEL_COLUMN, SPLITS, SideFiles
+from hce_jax.store.split import Entries, Split, check_codes
 
 _PART = re.compile(r"part\.(\d+)\.parquet")
 
 
 @dataclasses.dataclass(frozen=True)
-class Split:
-    """One split of a merlin store: a list of blocks, which are the row groups of its parts in numeric order.
+class MerlinSplit(Split):
+    """One split of a merlin store; its blocks are the row groups of its parts, in numeric order.
 
     Attributes
     ----------
-    name
-        train, val or test.
-    side
-        The side files of its store.
     row_groups
         For each block its part, the number of the row group in it, and its cells.
     """
 
-    name: str
-    side: SideFiles
     row_groups: tuple[tuple[Path, int, int], ...]
 
-    @property
+    @cached_property
     def block_sizes(self) -> np.ndarray:
         """Cells of each block, (n_blocks,) int64."""
         return np.array([size for _, _, size in self.row_groups], dtype=np.int64)
 
     @property
-    def n_cells(self) -> int:
-        """Cells of the split."""
-        return int(self.block_sizes.sum())
+    def count_entries(self) -> Entries:
+        """None: the expression stays as it is."""
+        return Entries(0.0, 0)
+
+    @property
+    def value_entries(self) -> Entries:
+        """The store does not say how many; about one gene in ten is expressed, at most all are."""
+        return Entries(self.side.n_genes / 10, self.side.n_genes)
 
     def read_block(self, index: int, columns: tuple[str, ...] = (LABEL_COLUMN,)) -> Block:
-        """Read one block with its expression and the named columns.
+        """Read one block with its expression and the named columns."""
+        return Block.of_values(*self.read_dense(index, columns))
+
+    def read_dense(
+        self, index: int, columns: tuple[str, ...] = (LABEL_COLUMN,)
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Read one block's expression, dense (n, g) float32, and the named columns.
 
         Raises
         ------
         StoreError
-            If the part is damaged, an X has the wrong length, or a code has no entry in its lookup.
+            If the part is damaged or lacks a column, an X has the wrong length, or a code has no entry in its lookup.
         """
         part, row_group, _ = self.row_groups[index]
         try:
@@ -60,16 +66,19 @@ class Split:
             table = pq.ParquetFile(part).read_row_group(row_group, columns=[EXPRESSION_COLUMN, *columns])
         except (OSError, pa.ArrowException) as error:
             raise StoreError(f"{part} is damaged: row group {row_group} cannot be read ({error})") from error
+        absent = [name for name in columns if name not in table.column_names]
+        if absent:
+            raise StoreError(f"{part} has no column {absent[0]!r}")
         without = [name for name in columns if table[name].null_count]
         if without:
             raise StoreError(f"{part} has a cell without {without[0]} in row group {row_group}")
-        codes = {name: table[name].combine_chunks().to_numpy() for name in columns}
+        codes = {name: table[name].to_numpy().astype(np.int64, copy=False) for name in columns}
         for name, values in codes.items():
-            _check_codes(part, name, values.min().item(), values.max().item(), self.side)
-        return Block(_sparse_rows(table[EXPRESSION_COLUMN], part, self.side.n_genes), codes)
+            check_codes(part, name, values.min().item(), values.max().item(), self.side)
+        return _dense_rows(table[EXPRESSION_COLUMN], part, self.side.n_genes), codes
 
 
-def _sparse_rows(column: pa.ChunkedArray, part: Path, n_genes: int) -> sp.csr_array:
+def _dense_rows(column: pa.ChunkedArray, part: Path, n_genes: int) -> np.ndarray:
     lists = column.combine_chunks()
     lengths = np.diff(lists.offsets.to_numpy())
     if lists.null_count or not (lengths == n_genes).all():
@@ -78,23 +87,20 @@ def _sparse_rows(column: pa.ChunkedArray, part: Path, n_genes: int) -> sp.csr_ar
     values = lists.flatten()
     if values.null_count:
         raise StoreError(f"{part} holds an X with empty entries; write 0 for a gene without counts")
-    dense = values.to_numpy(zero_copy_only=False).astype(np.float32, copy=False).reshape(-1, n_genes)
-    x = sp.csr_array(dense)
-    if not (np.isfinite(x.data).all() and x.data.min(initial=0) >= 0):
+    x_ng = values.to_numpy(zero_copy_only=False).astype(np.float32, copy=False).reshape(-1, n_genes)
+    lowest, highest = x_ng.min(initial=0), x_ng.max(initial=0)  # a NaN makes both NaN
+    if not (lowest >= 0 and highest < np.inf):
         raise StoreError(f"{part} holds an X with a negative or non-finite value; X is ln(1 + counts), scaled per cell")
-    if x.nnz and (x.data == np.rint(x.data)).all():
+    if highest > 0 and _whole(x_ng[0]) and _whole(x_ng):
         raise StoreError(
             f"{part} holds whole numbers only, which look like raw counts; X is scaled to 10,000 counts a cell, then "
             "ln(1 + x): see hce_jax.preprocess.normalize_log1p"
         )
-    return x
+    return x_ng
 
 
-def _check_codes(part: Path, column: str, lowest: int, highest: int, side: SideFiles) -> None:
-    size = side.lookup_sizes.get(column)
-    if size is not None and not 0 <= lowest <= highest < size:
-        outside = lowest if lowest < 0 else highest
-        raise StoreError(f"{part} has the {column} code {outside}, but {column}.parquet has the codes 0 to {size - 1}")
+def _whole(values: np.ndarray) -> bool:
+    return bool((values == np.rint(values)).all())
 
 
 def _check_part(part: Path, side: SideFiles) -> list[tuple[Path, int, int]]:
@@ -124,7 +130,7 @@ def _check_part(part: Path, side: SideFiles) -> list[tuple[Path, int, int]]:
             raise StoreError(f"{part} holds X of length {length:g}, but var.parquet names {side.n_genes} genes")
         statistics = group.column(label).statistics
         if statistics is not None and statistics.has_min_max:
-            _check_codes(part, LABEL_COLUMN, statistics.min, statistics.max, side)
+            check_codes(part, LABEL_COLUMN, statistics.min, statistics.max, side)
         groups.append((part, index, group.num_rows))
     return groups
 
@@ -157,19 +163,20 @@ class MerlinStore:
 
     def has_split(self, name: str) -> bool:
         """Tell whether the store has cells of this split."""
-        return bool(self._parts(name))
+        return bool(self.parts(name))
 
-    def _parts(self, name: str) -> list[Path]:
+    def parts(self, name: str) -> list[Path]:
+        """Return the files of a split, in numeric order."""
         found = (self.side.path / name).glob("part.*.parquet")
         numbered = [(int(match[1]), path) for path in found if (match := _PART.fullmatch(path.name))]
         return [path for _, path in sorted(numbered)]
 
-    def split(self, name: str, sub_sample_frac: float = 1.0) -> Split:
+    def split(self, name: str, sub_sample_frac: float = 1.0) -> MerlinSplit:
         """Return the blocks of ``train``, ``val`` or ``test``, or of the first ceil(fraction x parts) of its parts."""
         if name not in SPLITS:
             raise ValueError(f"a split is one of {', '.join(SPLITS)}, not {name!r}")
         folder = self.side.path / name
-        parts = self._parts(name)
+        parts = self.parts(name)
         if not parts:
             raise StoreError(f"{folder} holds no part.N.parquet; the store lacks its {name} split")
         parts = parts[: math.ceil(sub_sample_frac * len(parts))]
@@ -178,4 +185,4 @@ class MerlinStore:
         groups = [group for group in groups if group[2]]
         if not groups:
             raise StoreError(f"the {name} split in {folder} is empty")
-        return Split(name, self.side, tuple(groups))
+        return MerlinSplit(name, self.side, tuple(groups))

@@ -8,12 +8,13 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from hce_jax.errors import ConfigError
+from hce_jax.input import PLACES
 from hce_jax.store.builtin import builtin_atlas
 from hce_jax.typing import PRECISIONS
 
 #: Every field and its type: those of ``configs/common.py``.
 _TYPES: dict[str, type] = {
-    **dict.fromkeys(("data_path", "class_weights_filename", "model_type", "precision", "mask_type", "log_dir",
+    **dict.fromkeys(("data_path", "class_weights_filename", "cells_in", "model_type", "precision", "mask_type", "log_dir",
                      "model_name"), str),
     **dict.fromkeys(("sub_sample_frac", "dropout", "gamma", "momentum", "lambda_sparse", "epsilon", "learning_rate",
                      "weight_decay", "lr_scheduler_gamma", "gradient_clip_val"), float),
@@ -103,6 +104,7 @@ def check_config(config: Mapping[str, Any]) -> None:
         (_AT_LEAST_ONE, lambda value: 1 <= value < 2**31, "1 or more and below 2^31"),
         (("sub_sample_frac",), lambda value: 0 < value <= 1, "above 0 and at most 1"),
         (("precision",), lambda value: value in ("auto", *PRECISIONS), f"one of auto, {', '.join(PRECISIONS)}"),
+        (("cells_in",), lambda value: value in PLACES, f"one of {', '.join(PLACES)}"),
         (("model_name",), lambda value: re.fullmatch(r"[\w.-]*\w[\w.-]*", value), "a plain name of letters and digits"),
     ):
         for name in names:

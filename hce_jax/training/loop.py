@@ -7,16 +7,25 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 from tensorboardX import SummaryWriter
 
 from hce_jax.checkpoint import NORMALISATION, ModelCard, delete_checkpoint, load_model, save_model
-from hce_jax.input import CellBatch, Shuffle, batches_per_epoch, evaluation_batches, training_batches
+from hce_jax.input import (
+    CellBatch,
+    ResidentSplit,
+    Shuffle,
+    StreamedSplit,
+    batch_of_values,
+    batches_per_epoch,
+    place_cells,
+)
 from hce_jax.models import build_model, model_config
 from hce_jax.progress import progress
 from hce_jax.runs import checkpoint_name, new_run_folder
-from hce_jax.store import MerlinStore, Split, open_store
+from hce_jax.store import Split, Store, open_store
 from hce_jax.training.config import resolve_config
 from hce_jax.training.logging import EpochMeter, log_epoch, log_test, write_description
 from hce_jax.training.mesh import batch_sharding, data_mesh, replicated
@@ -186,7 +195,7 @@ class Trainer:
         If they do not fit together.
     """
 
-    def __init__(self, config: ConfigDict, store: MerlinStore):
+    def __init__(self, config: ConfigDict, store: Store):
         self.config, self.store = config, store
         side = store.side
         self.train_split = store.split("train", config.sub_sample_frac)
@@ -219,11 +228,14 @@ class Trainer:
         )
         self._eval_step = make_eval_step(graphdef, self._objective)
         # Traced now, so that a batch that the model cannot take is found before anything is written.
-        n_cells, n_genes = config.batch_size, side.n_genes
-        batch = jax.eval_shape(
-            lambda: CellBatch(jnp.zeros((n_cells, n_genes)), jnp.zeros(n_cells, jnp.int32), jnp.ones(n_cells, bool))
+        batch = batch_of_values(
+            np.zeros((config.batch_size, side.n_genes), np.float32), np.zeros(config.batch_size, np.int64)
         )
-        jax.eval_shape(lambda state, batch: self._train_step(state, batch)[1], self.state, batch)
+        jax.eval_shape(lambda state: self._train_step(state, batch)[1], self.state)
+        self._train_cells, self._val_cells = (
+            place_cells(split, config.batch_size, self._batch_sharding, config.cells_in)
+            for split in (self.train_split, self.val_split)
+        )
 
     @property
     def steps_taken(self) -> int:
@@ -234,7 +246,7 @@ class Trainer:
         """Train on every cell of the split once, less the incomplete last batch."""
         config = self.config
         shuffle = Shuffle(config.data_seed, epoch)
-        batches = training_batches(self.train_split, config.batch_size, shuffle, config.shuffle_window)
+        batches = self._train_cells.training_batches(shuffle, config.shuffle_window)
         meter = EpochMeter(writer, self._schedule, config.log_every_n_steps, config.batch_size)
         first_step = epoch * self.steps_per_epoch
         with progress(batches, self.steps_per_epoch, f"epoch {epoch}") as bar:
@@ -244,12 +256,12 @@ class Trainer:
         return meter
 
     def _step(self, batch: CellBatch) -> StepMetrics:
-        self.state, metrics = self._train_step(self.state, jax.device_put(batch, self._batch_sharding))
+        self.state, metrics = self._train_step(self.state, batch)
         return metrics
 
     def validate(self) -> Evaluation:
         """Evaluate the present weights on the validation split."""
-        return self._evaluate(self.val_split, self.state.params, self.state.stats)
+        return self._evaluate(self._val_cells, self.val_split, self.state.params, self.state.stats)
 
     def test(self, checkpoint: Path) -> Evaluation | None:
         """Evaluate a checkpoint on the test split, which is never sub-sampled; None where the store has none."""
@@ -257,14 +269,15 @@ class Trainer:
             return None
         predictor = load_model(checkpoint, self.precision)
         params, stats = jax.device_put((predictor.params, predictor.stats), self._replicated)
-        return self._evaluate(self.test_split, params, stats)
+        cells = StreamedSplit(self.test_split, self.config.batch_size, self._batch_sharding)
+        return self._evaluate(cells, self.test_split, params, stats)
 
-    def _evaluate(self, split: Split, params: nnx.State, stats: nnx.State) -> Evaluation:
-        size = self.config.batch_size
-        with progress(evaluation_batches(split, size), -(-split.n_cells // size), split.name) as bar:
-            return evaluate(
-                self._eval_step, params, stats, (jax.device_put(batch, self._batch_sharding) for batch in bar)
-            )
+    def _evaluate(
+        self, cells: StreamedSplit | ResidentSplit, split: Split, params: nnx.State, stats: nnx.State
+    ) -> Evaluation:
+        n_batches = -(-split.n_cells // self.config.batch_size)
+        with progress(cells.evaluation_batches(), n_batches, split.name) as bar:
+            return evaluate(self._eval_step, params, stats, iter(bar))
 
     def save(self, path: Path, epoch: int, val: Evaluation) -> None:
         """Write the present weights as a self-contained checkpoint."""

@@ -12,7 +12,7 @@ import optax
 from flax import nnx
 
 from hce_jax.hierarchy import correct_predictions
-from hce_jax.input import CellBatch
+from hce_jax.input import CellBatch, densify
 from hce_jax.losses import cross_entropy, hierarchical_cross_entropy
 from hce_jax.metrics import class_counts, f1_from_counts
 from hce_jax.training.augment import augment
@@ -130,7 +130,7 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: CellBatch, augmentations: Array | None) -> tuple[TrainState, StepMetrics]:
         augment_key, model_key = jax.random.split(jax.random.fold_in(key, state.step))
-        x_bg = jnp.asarray(batch.x)
+        x_bg = densify(batch)
         if augmentations is not None:
             x_bg = augment(x_bg, augmentations, augment_key)
 
@@ -174,7 +174,7 @@ def make_eval_step(graphdef: nnx.GraphDef, objective: Objective) -> EvalStep:
     n_types = objective.reachability.shape[0]
 
     def eval_step(params: nnx.State, stats: nnx.State, batch: CellBatch) -> _BatchEvaluation:
-        logits_bc, auxiliary_b = nnx.merge(graphdef, params, stats)(batch.x)
+        logits_bc, auxiliary_b = nnx.merge(graphdef, params, stats)(densify(batch))
         predictions_b = jnp.argmax(logits_bc, axis=1)
         corrected_b = correct_predictions(batch.targets, predictions_b, objective.reachability)
         corrected_targets_b = jnp.where(corrected_b == batch.targets, predictions_b, batch.targets)

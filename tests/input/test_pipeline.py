@@ -1,101 +1,273 @@
+import re
+import threading
+import time
+from collections import Counter
+
+import jax
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
-from stores import cells_of, expression, label_of, write_tiny_store
+from coded_cells import FIRST_CELL, check_rows, coded_split, rows_of, write_cell_store, write_merlin_store
+from test_source import epoch_by_the_rule
 
 from hce_jax.errors import ConfigError, StoreError
-from hce_jax.input import Shuffle, evaluation_batches, training_batches
+from hce_jax.input import (
+    Hosts,
+    Shuffle,
+    StreamedSplit,
+    batches_per_epoch,
+    evaluation_batches,
+    training_batches,
+)
 from hce_jax.store import open_store
+from hce_jax.training.mesh import batch_sharding, data_mesh
+
+SIZES = {"train": 90, "val": 23, "test": 17}
+BLOCKS = [8] * 11 + [2]
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    return open_store(write_tiny_store(tmp_path_factory.mktemp("pipeline") / "store"))
+def stores(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pipeline")
+    merlin = write_merlin_store(folder / "merlin", SIZES, rows_per_part=32, rows_per_group=8)
+    cells = write_cell_store(folder / "cells", SIZES, rows_per_part=32, block_size=8)
+    return {"merlin": open_store(merlin), "cells": open_store(cells)}
 
 
-def cells(dataset):
-    return [cells_of(batch.x[batch.real]) for batch in dataset]
+def check_batch(batch, cells):
+    """Check expression and label of every row of a batch."""
+    assert batch.real.all()
+    check_rows(rows_of(batch), batch.targets, np.array(cells))
 
 
-def epoch(store, batch_size=20, data_seed=0, number=0, window=40):
-    return cells(training_batches(store.split("train"), batch_size, Shuffle(data_seed, number), window))
+def same(batch, other):
+    return all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(batch), jax.tree.leaves(other), strict=True))
 
 
-def test_an_epoch_has_each_cell_at_most_once_and_drops_only_the_incomplete_last_batch(store):
-    found = epoch(store)
-    assert [len(batch) for batch in found] == [20, 20, 20, 20]
-    assert len(np.unique(np.concatenate(found))) == 80
-    assert np.concatenate(found).max() < 90  # no cell of another split
+def wait_for_no_threads(before):
+    """Wait until the threads that were not there before have ended."""
+    end = time.monotonic() + 20
+    while set(threading.enumerate()) - before:
+        assert time.monotonic() < end, threading.enumerate()
+        time.sleep(0.01)
 
 
-def test_every_row_keeps_its_own_expression_and_label(store):
-    for batch in training_batches(store.split("train"), 20, Shuffle(0, 0), 40):
-        numbers = cells_of(batch.x)
-        np.testing.assert_array_equal(batch.x, expression(numbers))
-        np.testing.assert_array_equal(batch.targets, label_of(numbers))
-        assert batch.real.all()
+# --- the order, and what is in it
 
 
-# Worked out by hand from the rule: numpy's default_rng([data_seed, epoch]).permutation(12) gives the block order,
-# default_rng([data_seed, epoch, window]).permutation(40) the order in a window of 40 cells; blocks hold 8, the last 2.
-def expected_epoch(data_seed, number):
-    blocks = [np.arange(8 * i, min(8 * i + 8, 90)) for i in range(12)]
-    order = np.concatenate([blocks[i] for i in np.random.default_rng([data_seed, number]).permutation(12)])
-    windows = [order[start : start + 40] for start in (0, 40, 80)]
-    return np.concatenate(
-        [w[np.random.default_rng([data_seed, number, i]).permutation(len(w))] for i, w in enumerate(windows)]
-    )
+@pytest.mark.parametrize("kind", ["merlin", "cells"])
+@pytest.mark.parametrize(("batch_size", "window", "seeds"), [(16, 40, (0, 0)), (20, 64, (7, 3)), (7, 16, (0, 1))])
+def test_batches_of_a_store_follow_the_written_rule_and_each_row_has_its_own_cell(
+    stores, kind, batch_size, window, seeds
+):
+    split = stores[kind].split("train")
+    assert split.block_sizes.tolist() == [8] * 11 + [2]
+    expected = epoch_by_the_rule(BLOCKS, batch_size, window, *seeds)
+    found = list(training_batches(split, batch_size, Shuffle(*seeds), window))
+    assert len(found) == len(expected) == batches_per_epoch(split, batch_size) == 90 // batch_size
+    for batch, cells in zip(found, expected, strict=True):
+        check_batch(batch, cells)
 
 
-@pytest.mark.parametrize(("data_seed", "number"), [(0, 0), (0, 1), (7, 3)])
-def test_the_order_follows_the_written_rule(store, data_seed, number):
-    found = np.concatenate(epoch(store, data_seed=data_seed, number=number))
-    np.testing.assert_array_equal(found, expected_epoch(data_seed, number)[:80])
+@pytest.mark.parametrize("block_sizes", [[40, 1, 1, 9, 30], [90], [1] * 33], ids=["unequal", "one", "of one cell"])
+@pytest.mark.parametrize("batch_size", [1, 32])
+def test_blocks_of_any_sizes_are_mixed_by_the_rule(block_sizes, batch_size):
+    split = coded_split(block_sizes)
+    found = training_batches(split, batch_size, Shuffle(1, 2), 24)
+    for batch, cells in zip(found, epoch_by_the_rule(block_sizes, batch_size, 24, 1, 2), strict=True):
+        check_batch(batch, cells)
 
 
-def test_the_order_of_seed_0_epoch_0_is_this_one(store):
-    first = epoch(store)[0].tolist()
-    assert first == [19, 35, 76, 32, 63, 74, 75, 42, 58, 73, 18, 62, 60, 34, 36, 38, 45, 46, 57, 72]
+def test_parts_may_cut_through_the_share_of_a_shard():
+    split = coded_split(BLOCKS)
+    expected = epoch_by_the_rule(BLOCKS, 12, 40, 0, 0)  # 4 shards of 3 cells
+    for n_parts in (1, 3, 6):
+        batches = list(training_batches(split, 12, Shuffle(0, 0), 40, n_parts=n_parts))
+        assert batches[0].counts.rows.shape == (n_parts, 12 // n_parts)
+        for batch, cells in zip(batches, expected, strict=True):
+            check_batch(batch, cells)
 
 
-def test_another_epoch_or_data_seed_gives_another_order(store):
-    orders = {tuple(np.concatenate(epoch(store, data_seed=s, number=e))) for s, e in ((0, 0), (0, 1), (1, 0))}
-    assert len(orders) == 3
+@pytest.mark.parametrize("kind", ["merlin", "cells"])
+@pytest.mark.parametrize(("name", "fraction", "size"), [("train", 0.5, 64), ("train", 0.3, 32), ("val", 0.5, 23)])
+def test_a_sub_sample_is_the_first_parts(stores, kind, name, fraction, size):
+    split = stores[kind].split(name, fraction)
+    assert split.n_cells == size
+    (batch,) = evaluation_batches(split, 64)
+    check_rows(rows_of(batch)[:size], batch.targets[:size], FIRST_CELL[name] + np.arange(size))
 
 
-@pytest.mark.parametrize("batch_size", [1, 7, 23, 64])
-def test_evaluation_sees_every_cell_once_in_order_and_fills_the_last_batch_up(store, batch_size):
-    batches = list(evaluation_batches(store.split("val"), batch_size))
-    np.testing.assert_array_equal(np.concatenate(cells(batches)), 1000 + np.arange(23))
-    assert all(batch.x.shape == (batch_size, 12) for batch in batches)
-    filler = batches[-1].x[~batches[-1].real]
-    np.testing.assert_array_equal(filler, 0)
+# --- hosts
 
 
-@pytest.mark.parametrize("taken", [0, 1, 2, 3])
-def test_an_iterator_continues_from_its_saved_state_with_the_very_next_batch(store, taken):
-    dataset = training_batches(store.split("train"), 20, Shuffle(3, 1), 40)
+@pytest.mark.parametrize("n_hosts", [1, 2, 4, 16])
+def test_each_host_gets_its_rows_of_the_same_batches_and_reads_the_blocks_of_its_shards_only(n_hosts):
+    expected = epoch_by_the_rule(BLOCKS, 32, 40, 3, 1)
+    starts, ends = np.cumsum(BLOCKS) - BLOCKS, np.cumsum(BLOCKS)
+    for host in range(n_hosts):
+        split = coded_split(BLOCKS)
+        found = list(training_batches(split, 32, Shuffle(3, 1), 40, hosts=Hosts(host, n_hosts)))
+        for batch, cells in zip(found, expected, strict=True):
+            check_batch(batch, np.split(np.array(cells), n_hosts)[host])
+        low, high = 90 * host // n_hosts, 90 * (host + 1) // n_hosts
+        assert set(split.reads) == set(np.flatnonzero((starts < high) & (ends > low)))
+
+
+def test_hosts_that_cannot_share_a_batch_equally_are_an_error():
+    split = coded_split(BLOCKS)
+    for batch_size, n_hosts in ((30, 3), (20, 8), (16, 32)):
+        with pytest.raises(
+            ConfigError, match=rf"config.batch_size is {batch_size}, which {n_hosts} hosts cannot share"
+        ):
+            training_batches(split, batch_size, Shuffle(0, 0), 40, hosts=Hosts(0, n_hosts))
+
+
+# --- reading
+
+
+def test_each_block_is_read_once_an_epoch_and_once_more_for_each_shard_bound_in_it():
+    split = coded_split([5] * 32)  # 10 cells a shard: no bound lies in a block
+    assert len(list(training_batches(split, 16, Shuffle(0, 0), 40))) == 10
+    assert sorted(split.reads) == list(range(32))
+    split = coded_split([8] * 15)  # 120 cells, bounds at 7.5, 15, 22.5, ...: two in each block, but those at its ends
+    assert len(list(training_batches(split, 16, Shuffle(0, 0), 40))) == 7
+    inside = Counter(int(120 * shard / 16) // 8 for shard in range(1, 16) if int(120 * shard / 16) % 8)
+    assert Counter(split.reads) == {block: 1 + inside[block] for block in range(15)}
+
+
+def test_evaluation_reads_each_block_once_in_order():
+    split = coded_split([8] * 15)
+    list(evaluation_batches(split, 7))
+    assert sorted(split.reads) == list(range(15))
+
+
+# --- resuming
+
+
+def streamed(split, batch_size, shuffle, window):
+    return StreamedSplit(split, batch_size, batch_sharding(data_mesh(), batch_size)).training_batches(shuffle, window)
+
+
+@pytest.mark.parametrize("dataset_of", [training_batches, streamed])
+@pytest.mark.parametrize("taken", [0, 1, 2, 5, 11])
+def test_an_iterator_goes_on_from_a_saved_state_with_the_very_next_batch(dataset_of, taken):
+    dataset = dataset_of(coded_split(BLOCKS), 8, Shuffle(3, 1), 24)
+    whole = list(dataset)
+    assert len(whole) == 11
     iterator = iter(dataset)
     for _ in range(taken):
         next(iterator)
     state = iterator.get_state()
-    rest = cells(iterator)
+    iterator.close()
     resumed = iter(dataset)
-    resumed.set_state(state)
-    np.testing.assert_array_equal(cells(resumed), rest)
-    assert len(rest) == 4 - taken
+    next(resumed)  # what was done before does not matter
+    for _ in range(2):
+        resumed.set_state(state)
+        assert resumed.get_state() == state
+        rest = list(resumed)
+        assert len(rest) == 11 - taken
+        assert all(map(same, rest, whole[taken:]))
 
 
-def test_a_batch_larger_than_the_split_is_an_error_with_both_numbers(store):
-    with pytest.raises(ConfigError, match=r"config.batch_size is 91, but the train split has 90 cells"):
-        training_batches(store.split("train"), 91, Shuffle(0, 0), 40)
+def test_little_is_read_again_on_resuming():
+    split = coded_split([4] * 256)  # 16 shards of 16 blocks, in 16 windows of a block each
+    dataset = training_batches(split, 16, Shuffle(0, 0), 64)
+    resumed = iter(dataset)
+    resumed.set_state({"next_index": 50})
+    assert len(list(resumed)) == 14
+    assert len(split.reads) == 16 * 4  # of the 64 cells of a shard 50 are done: the last 4 blocks are needed
 
 
-def test_an_error_in_the_reading_thread_reaches_the_reader_as_it_is(tmp_path):
-    path = write_tiny_store(tmp_path / "store")
-    part = path / "train" / "part.1.parquet"
-    split = open_store(path).split("train")
-    table = pq.read_table(part)
-    pq.write_table(table.slice(0, 8), part)
-    with pytest.raises(StoreError, match=r"part.1.parquet is damaged"):
-        cells(training_batches(split, 20, Shuffle(0, 0), 40))
+def test_a_state_of_a_longer_epoch_gives_no_batches():
+    resumed = iter(training_batches(coded_split(BLOCKS), 8, Shuffle(0, 0), 24))
+    resumed.set_state({"next_index": 100})
+    assert list(resumed) == []
+
+
+# --- evaluation
+
+
+@pytest.mark.parametrize("kind", ["merlin", "cells"])
+@pytest.mark.parametrize("batch_size", [1, 7, 23, 64])
+def test_evaluation_sees_every_cell_once_in_order_and_fills_the_last_batch_up(stores, kind, batch_size):
+    batches = list(evaluation_batches(stores[kind].split("val"), batch_size))
+    assert len(batches) == -(-23 // batch_size)
+    x, targets, real = (
+        np.concatenate(each)
+        for each in zip(*((rows_of(batch), batch.targets, batch.real) for batch in batches), strict=True)
+    )
+    check_rows(x[real], targets[real], FIRST_CELL["val"] + np.arange(23))
+    assert real.tolist() == [True] * 23 + [False] * (len(batches) * batch_size - 23)
+    assert not x[~real].any()
+
+
+def test_evaluation_of_many_windows_has_every_cell_in_order():
+    split = coded_split([1024, 1024, 700, 1024, 5], as_values=True)
+    targets = np.concatenate([batch.targets[batch.real] for batch in evaluation_batches(split, 512)])
+    np.testing.assert_array_equal(targets, np.arange(3777) * 5 % 7)
+
+
+# --- what goes wrong
+
+
+def test_a_batch_larger_than_the_split_is_an_error_with_both_numbers():
+    with pytest.raises(ConfigError, match=r"config.batch_size is 91, but the train split has 90 cells; .*=90 or less"):
+        training_batches(coded_split(BLOCKS), 91, Shuffle(0, 0), 40)
+
+
+def until_an_error(iterator):
+    """Return what came before it, and the error."""
+    found = []
+    try:
+        while True:
+            found.append(next(iterator))
+    except StoreError as error:
+        return found, str(error)
+
+
+def test_damage_in_the_middle_of_an_epoch_is_named_and_leaves_no_threads_behind(tmp_path):
+    split = open_store(write_cell_store(tmp_path / "store", {"train": 90}, 32, 8)).split("train")
+    part = tmp_path / "store" / "train" / "part.1.arrow"
+    damaged = bytearray(part.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    part.write_bytes(damaged)
+    before = set(threading.enumerate())
+    training = [dataset_of(split, 2, Shuffle(0, 2), 8) for dataset_of in (training_batches, streamed)]
+    for batches in (*training, evaluation_batches(split, 2)):
+        iterator = iter(batches)
+        found, error = until_an_error(iterator)
+        assert re.fullmatch(rf"block 2 of {part} cannot be read \(wrong checksum.*", error)
+        assert len(found) == (8 if batches in training else 0)  # evaluation reads this small split at once
+        iterator.close()
+        wait_for_no_threads(before)
+
+
+def test_after_an_error_the_same_batch_comes_next_not_a_later_one():
+    split = coded_split(BLOCKS)
+    whole = list(training_batches(split, 2, Shuffle(0, 0), 8))
+    split.damaged.add(5)
+    iterator, found = iter(training_batches(split, 2, Shuffle(0, 0), 8)), []
+    for _ in range(3):
+        before, error = until_an_error(iterator)
+        found += before
+        assert error == "block 5 is damaged"
+    split.damaged.clear()
+    found += list(iterator)
+    assert len(found) == len(whole) == 45
+    assert all(map(same, found, whole))
+
+
+@pytest.mark.parametrize("dataset_of", [training_batches, streamed])
+@pytest.mark.parametrize("how", ["closed", "dropped"])
+def test_an_iterator_that_is_left_early_leaves_no_threads_behind(dataset_of, how):
+    before = set(threading.enumerate())
+    iterator = iter(dataset_of(coded_split(BLOCKS), 2, Shuffle(0, 0), 8))
+    next(iterator)
+    assert set(threading.enumerate()) - before
+    if how == "closed":
+        iterator.close()
+        iterator.close()
+        with pytest.raises(ValueError, match="closed"):
+            next(iterator)
+    else:
+        del iterator
+    wait_for_no_threads(before)

@@ -9,6 +9,7 @@ from stores import LABELS, N_GENES, cells_of, expression, label_of, write_tiny_s
 
 from hce_jax.errors import HierarchyError, StoreError
 from hce_jax.store import open_store
+from hce_jax.store.block import COUNTS, VALUES
 from hce_jax.store.schema import CHILD_MATRIX_FILE
 
 
@@ -21,8 +22,8 @@ def read_all(split):
     blocks = [split.read_block(i, ("cell_type", "soma_joinid")) for i in range(len(split.block_sizes))]
     return (
         np.concatenate([block.x.toarray() for block in blocks]),
-        np.concatenate([block.columns["cell_type"] for block in blocks]),
-        np.concatenate([block.columns["soma_joinid"] for block in blocks]),
+        np.concatenate([block.column("cell_type") for block in blocks]),
+        np.concatenate([block.column("soma_joinid") for block in blocks]),
     )
 
 
@@ -35,6 +36,22 @@ def test_every_cell_comes_with_its_expression_label_and_id(store_path):
         np.testing.assert_array_equal(x, expression(cells))
         np.testing.assert_array_equal(labels, label_of(cells))
         assert split.n_cells == size
+
+
+def test_a_block_is_packed_as_the_values_it_has_and_they_take_no_more_entries_than_the_split_says(store_path):
+    split = open_store(store_path).split("train")
+    block = split.read_block(2)
+    assert split.count_entries == (0, 0)
+    assert len(block.stream(COUNTS).gaps) == 0
+    assert np.diff(block.stream(VALUES).offsets).max() <= split.value_entries.most == N_GENES
+    x, columns = split.read_dense(2, ("soma_joinid",))
+    np.testing.assert_array_equal(x, expression(np.arange(16, 24)))
+    np.testing.assert_array_equal(columns["soma_joinid"], np.arange(16, 24))
+
+
+def test_a_column_that_the_part_has_not_is_named(store_path):
+    with pytest.raises(StoreError, match=r"part.0.parquet has no column 'n_counts'"):
+        open_store(store_path).split("train").read_block(0, ("cell_type", "n_counts"))
 
 
 def test_parts_come_in_the_order_of_their_numbers_not_of_their_names(tmp_path):

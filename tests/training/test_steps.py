@@ -1,8 +1,9 @@
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
-from hce_jax.input import CellBatch
+from hce_jax.input import batch_of_values
 from hce_jax.training.optim import published_optimizer
 from hce_jax.training.steps import Objective, init_state, make_train_step, one_late
 
@@ -26,7 +27,7 @@ def test_a_step_s_random_numbers_come_from_seed_and_step_alone():
 
     objective = Objective(jnp.eye(2), jnp.ones(2), use_hierarchical_loss=False, epsilon=None)
     optimizer = published_optimizer(lambda step: 0.0, weight_decay=0.0, gradient_clip_val=0.0)
-    batch = CellBatch(jnp.ones((4, 3)), jnp.array([0, 1, 0, 1]), jnp.ones(4, bool))
+    batch = batch_of_values(np.ones((4, 3), np.float32), np.array([0, 1, 0, 1]))
 
     def losses(seed):
         graphdef, state = init_state(Noisy(), optimizer)

@@ -1,5 +1,7 @@
 """Twelve training steps of each model, and the validation of what they arrive at, as published."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ from flax import nnx
 from networks import golden_config, golden_model, under
 
 from hce_jax.hierarchy import correct_predictions
-from hce_jax.input import CellBatch
+from hce_jax.input import batch_of_values
 from hce_jax.models import model_config
 from hce_jax.torch_import import params_from_state_dict
 from hce_jax.training.optim import published_optimizer, step_schedule
@@ -31,7 +33,7 @@ def batch_of(x, targets, n_filler=0):
     """A batch whose last rows only fill it up."""
     x = np.concatenate([x, np.full((n_filler, x.shape[1]), 7, np.float32)])
     targets = np.concatenate([targets, np.zeros(n_filler, int)])
-    return CellBatch(jnp.asarray(x), jnp.asarray(targets, jnp.int32), jnp.arange(len(x)) < len(x) - n_filler)
+    return dataclasses.replace(batch_of_values(x, targets), real=np.arange(len(x)) < len(x) - n_filler)
 
 
 def irreproducible(path):
