@@ -42,7 +42,7 @@ from hce_jax.store.split import n_readers
 
 N_GENES, N_TYPES = 19_331, 164
 CELLS_PER_CHUNK = 7_168  # of the simulation, and of a part of the merlin store: whole row groups of 1,024
-BATCH_SIZE, WINDOW = 2_048, 32_768
+BATCH_SIZE, WINDOW = 2_048, 65_536
 FEW_CELLS, MANY_CELLS = 20_480, 409_600
 
 
@@ -86,9 +86,7 @@ def make_stores(folder: Path, n_cells: int) -> None:
     genes = pd.DataFrame({name: [f"SIM{gene}" for gene in range(N_GENES)] for name in ("feature_id", "feature_name")})
     lookups = {column: ["simulated"] for column in CATEGORICAL_COLUMNS}
     lookups["cell_type"] = [f"type {number}" for number in range(N_TYPES)]
-    write_side_files(
-        partial / "merlin", genes, lookups, class_weights=np.ones(N_TYPES), child_matrix=np.eye(N_TYPES)
-    )
+    write_side_files(partial / "merlin", genes, lookups, class_weights=np.ones(N_TYPES), child_matrix=np.eye(N_TYPES))
     sizes = [min(CELLS_PER_CHUNK, n_cells - start) for start in range(0, n_cells, CELLS_PER_CHUNK)]
     with ProcessPoolExecutor(n_readers()) as pool:
         list(pool.map(write_chunk, [partial] * len(sizes), range(len(sizes)), sizes))
@@ -217,6 +215,7 @@ def run_apart(*command: str | Path) -> dict[str, Any]:
 
 
 def bytes_per_cell(store: Path, n_cells: int) -> float:
+    """Return the size of a store's training split on disk."""
     return sum(path.stat().st_size for path in (store / "train").iterdir()) / n_cells
 
 
@@ -269,6 +268,7 @@ def compare_conversion(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
+    """Make what is missing, then measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("data/benchmark_input"), help="where the stores are made")
     parser.add_argument("--n_cells", type=int, default=200_704, help="cells of the comparison")

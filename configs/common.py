@@ -22,11 +22,11 @@ def get_config() -> ConfigDict:
     config.data_seed = 0
     # Move each training cell along a random vector of the store's augmentations.npy, up or down.
     config.augment_training_data = False
-    # Where the cells of train and val lie during training: disk; host (read once into its memory, about 4.5 kB a cell of
-    # a cell store); device (packed in the devices' memory, where each epoch is then made without the host).
+    # Where the cells of train and val lie during training: disk; host (read once into its memory, about 4.5 kB a cell
+    # of a cell store); device (packed in the devices' memory, where batches are then made without the host).
     config.cells_in = "disk"
     # Cells that are mixed with each other at a time. More: better mixing, more memory (about 10 kB a cell).
-    config.shuffle_window = 32768
+    config.shuffle_window = 65536
 
     # --- model ---
     # linear, mlp, tabnet.

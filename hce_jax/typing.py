@@ -27,7 +27,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int, Key, Num, UInt8
 
-__all__ = ["PRECISIONS", "AnyArray", "Array", "Bool", "Float", "Int", "Key", "Num", "Precision", "UInt8", "resolve_precision"]
+__all__ = [
+    "PRECISIONS",
+    "AnyArray",
+    "Array",
+    "Bool",
+    "Float",
+    "Int",
+    "Key",
+    "Num",
+    "Precision",
+    "UInt8",
+    "resolve_precision",
+]
 
 Array = jax.Array
 AnyArray = jax.Array | np.ndarray

@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding
 
 from hce_jax.errors import ConfigError
 from hce_jax.input.batch import capacities, check_batch_fits, make_batch
-from hce_jax.input.source import Shuffle, WindowSource, n_shards, plan_windows
+from hce_jax.input.source import Shuffle, WindowSource, n_shards, plan_windows, training_windows, whole_blocks
 from hce_jax.store import Block, Split
 from hce_jax.store.split import n_readers
 
@@ -86,15 +86,15 @@ def training_batches(
     ...     print(batch.targets.shape)
     """
     n_batches = batches_per_epoch(split, batch_size)  # refuses a batch that no split fills
-    shards = n_shards(batch_size)
+    shards = n_shards(batch_size, len(split.block_sizes))
     if shards % hosts.count:
         raise ConfigError(
-            f"config.batch_size is {batch_size}, which {hosts.count} hosts cannot share equally; make it a multiple of "
-            f"{hosts.count}, and the number of hosts one of 1, 2, 4, 8, 16"
+            f"{hosts.count} hosts cannot share the {shards} logical shards of the {split.name} split equally (as many "
+            f"as divide 16 and config.batch_size={batch_size}, with two blocks or more each)"
         )
     share = shards // hosts.count
     owned = range(hosts.index * share, (hosts.index + 1) * share)
-    windows = plan_windows(split.block_sizes, shards, owned, shuffle_window, shuffle)
+    windows = training_windows(split.block_sizes, batch_size, shuffle_window, shuffle, owned)
     cells = _Pass(WindowSource(split, windows, shuffle), batch_size // shards, n_batches, read_ahead=share)
     return _batches(cells, batch_size // hosts.count, n_parts)
 
@@ -120,7 +120,8 @@ def evaluation_batches(split: Split, batch_size: int, *, n_parts: int = 1) -> gr
     >>> sum(int(batch.real.sum()) for batch in evaluation_batches(split, 2048))  # doctest: +SKIP
     3500032
     """
-    windows = plan_windows(split.block_sizes, 1, range(1), _PLAIN_WINDOW, None)
+    blocks_per_window = max(1, _PLAIN_WINDOW // int(split.block_sizes.max()))
+    windows = plan_windows({0: whole_blocks(split.block_sizes)}, blocks_per_window, None)
     cells = _Pass(WindowSource(split, windows, None), batch_size, -(-split.n_cells // batch_size), read_ahead=1)
     return _batches(cells, batch_size, n_parts)
 

@@ -1,6 +1,5 @@
 """A split that lies packed on the devices: batches are gathered there, in the order in which streaming gives them."""
 
-import itertools
 from functools import partial
 from typing import NamedTuple
 
@@ -22,7 +21,7 @@ from hce_jax.input.batch import (
     smallest_capacity,
 )
 from hce_jax.input.pipeline import batches_per_epoch
-from hce_jax.input.source import Shuffle, cells_of_batches, n_shards
+from hce_jax.input.source import Shuffle, cells_of_batches, cells_of_pieces, deal, n_shards
 from hce_jax.store import LABEL_COLUMN, Block, Entries, Split
 from hce_jax.store.block import COUNTS, SCALE, VALUES
 from hce_jax.store.held import read_blocks
@@ -84,17 +83,18 @@ class ResidentSplit:
     def __init__(self, split: Split, batch_size: int, sharding: NamedSharding):
         self._split, self._batch_size, self._sharding = split, batch_size, sharding
         self._mesh = mesh = sharding.mesh
-        shards = n_shards(batch_size)
+        shards = n_shards(batch_size, len(split.block_sizes))
         if jax.process_count() > 1 or shards % mesh.size:
             raise ConfigError(
-                f"config.cells_in=device needs one host and a number of devices that divides {shards}, the logical "
-                f"shards of a batch of {batch_size}; there are {jax.process_count()} hosts and {mesh.size} devices; "
+                f"config.cells_in=device needs one host and a number of devices that divides the {shards} logical "
+                f"shards of the {split.name} split; there are {jax.process_count()} hosts and {mesh.size} devices; "
                 "pass --config.cells_in=host"
             )
         check_batch_fits(split, batch_size // mesh.size)
-        # Since the devices divide the shards, these are bounds of shards.
-        bounds = [split.n_cells * device // mesh.size for device in range(mesh.size + 1)]
-        self._ranges = list(itertools.pairwise(bounds))
+        # The devices divide the shards, so that this deals each device its shards, one after the other.
+        self._pieces = deal(split.block_sizes, mesh.size)
+        #: The cells of each device, as positions in the split.
+        self._owned = [cells_of_pieces(split.block_sizes, own) for own in self._pieces]
         #: Lines of each cell in the two streams (n,).
         self._lines = [np.concatenate(each) for each in zip(*map(_lines_of_cells, read_blocks(split)), strict=True)]
         self._check_memory()
@@ -109,16 +109,18 @@ class ResidentSplit:
     def evaluation_batches(self) -> grain.IterDataset:
         """Give every cell once, each device its own in their order; the last batches are filled up and marked."""
         n_rows = self._batch_size // self._mesh.size
-        n_steps = -(-max(high - low for low, high in self._ranges) // n_rows)
+        n_steps = -(-max(map(len, self._owned)) // n_rows)
         order = np.full((self._mesh.size, n_steps * n_rows), -1)
-        for row, (low, high) in zip(order, self._ranges, strict=True):
-            row[: high - low] = np.arange(low, high)
+        for row, cells in zip(order, self._owned, strict=True):
+            row[: len(cells)] = cells
         return self._batches(order.reshape(-1, n_steps, n_rows).swapaxes(0, 1))
 
     def _batches(self, order_tdr: np.ndarray) -> grain.IterDataset:
         """Gather the cells of an order: steps, devices, rows; positions in the split, or -1 for none."""
-        lows = np.array([low for low, _ in self._ranges])
-        local = np.where(order_tdr < 0, -1, order_tdr - lows[:, None]).astype(np.int32)
+        position = np.full(self._split.n_cells + 1, -1, np.int32)  # on the cell's device; the last is that of -1
+        for cells in self._owned:
+            position[cells] = np.arange(len(cells))
+        local = position[order_tdr]
         order = jax.device_put(local, NamedSharding(self._mesh, PartitionSpec(None, *self._sharding.spec)))
         gather = partial(_gather, self._cells, order, mesh=self._mesh, n_genes=self._split.side.n_genes)
         rooms = self._rooms(order_tdr)
@@ -136,8 +138,8 @@ class ResidentSplit:
     def _check_memory(self) -> None:
         entry_bytes = [1 + np.dtype(AMOUNT_TYPES[names]).itemsize for names in (COUNTS, VALUES)]
         needed = max(
-            sum(int(lines[low:high].sum()) * LINE * size for lines, size in zip(self._lines, entry_bytes, strict=True))
-            for low, high in self._ranges
+            sum(int(lines[cells].sum()) * LINE * size for lines, size in zip(self._lines, entry_bytes, strict=True))
+            for cells in self._owned
         )
         memory = self._mesh.devices.flat[0].memory_stats() or {}  # a CPU does not tell
         free = memory.get("bytes_limit", np.inf) - memory.get("bytes_in_use", 0)
@@ -149,7 +151,7 @@ class ResidentSplit:
 
     def _send(self) -> _Resident:
         devices = self._mesh.devices.flat
-        shares = [self._send_range(*cells, device) for cells, device in zip(self._ranges, devices, strict=True)]
+        shares = [self._send_cells(number, device) for number, device in enumerate(devices)]
 
         def joined(*arrays: Array) -> Array:
             shape = (len(arrays), *arrays[0].shape[1:])
@@ -157,26 +159,27 @@ class ResidentSplit:
 
         return jax.tree.map(joined, *shares)
 
-    def _send_range(self, low: int, high: int, device: jax.Device) -> _Resident:
-        """Send the cells from low to high, block by block: the host never holds them all."""
-        sizes, most_cells = self._split.block_sizes, max(high - low for low, high in self._ranges)
-        ends = np.cumsum(sizes)
-        starts = ends - sizes
+    def _send_cells(self, number: int, device: jax.Device) -> _Resident:
+        """Send the cells of a device, block by block: the host never holds them all."""
+        most_cells = max(map(len, self._owned))
+        block_starts = np.cumsum(self._split.block_sizes) - self._split.block_sizes
         streams = []
         for names, lines in zip((COUNTS, VALUES), self._lines, strict=True):
             # A block is sent with empty lines behind it, up to the size of the largest: one shape, one compilation.
-            n_sent = int(np.add.reduceat(lines, starts).max())
-            n_lines = max(int(lines[low:high].sum()) for low, high in self._ranges) + n_sent
-            streams.append(_StreamBuffer(names, np.cumsum([0, *lines[low:high]]), n_lines, n_sent, device))
+            n_sent = int(np.add.reduceat(lines, block_starts).max())
+            n_lines = max(int(lines[cells].sum()) for cells in self._owned) + n_sent
+            first = np.concatenate([[0], np.cumsum(lines[self._owned[number]])])
+            streams.append(_StreamBuffer(names, first, n_lines, n_sent, device))
         scale, targets = np.zeros(most_cells, np.float32), np.zeros(most_cells, np.int32)
-        chosen = np.flatnonzero((starts < high) & (ends > low))
-        for start, block in zip(starts[chosen].tolist(), read_blocks(self._split, chosen.tolist()), strict=True):
-            cells = block.slice(max(low - start, 0), min(high - start, len(block)))
-            position = max(start - low, 0)
+        blocks, firsts, lasts = self._pieces[number].T.tolist()
+        position = 0
+        for block, first, last in zip(read_blocks(self._split, blocks), firsts, lasts, strict=True):
+            cells = block.slice(first, last)
             into = slice(position, position + len(cells))
             scale[into], targets[into] = cells.column(SCALE), cells.column(LABEL_COLUMN)
             for stream in streams:
                 stream.send(cells, position)
+            position += len(cells)
         counts, values = (stream.lines(most_cells) for stream in streams)
         return _Resident(counts, values, *jax.device_put((scale[None], targets[None]), device))
 

@@ -1,13 +1,16 @@
 """The order of cells in a pass over a split, and its windows as a random-access source for Grain.
 
-The cells of a split, in the order of the store, are cut into a fixed number of logical shards of equal size (within one
-cell); every batch takes an equal part of each. The blocks of a shard are put in random order and grouped into windows,
-whose cells are shuffled. So what meets in a batch comes from all over the split, a window can be read on its own, and
-the order depends on (data_seed, epoch), batch size and window alone: not on who reads it.
+The blocks of a split are dealt out, once and for all, to a fixed number of logical shards of equal size (within one
+cell); every batch takes an equal part of each. In an epoch the blocks of a shard are put in random order and grouped
+into windows, whose cells are shuffled. So what meets in a batch, or in the rows of one shard, comes from all over the
+split, a window can be read on its own, and the order depends on (data_seed, epoch), batch size and window alone: not on
+who reads it.
 """
 
 import dataclasses
+import itertools
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -15,8 +18,10 @@ import numpy as np
 from hce_jax.store import Block, Split
 from hce_jax.typing import Int
 
-#: Shards of a pass, if the batch size divides by it: hosts and devices own whole shards.
+#: Shards of a split, if the batch size divides by it: hosts and devices own whole shards.
 MOST_SHARDS = 16
+#: Any number would do; with another one every order of cells is another.
+_DEALING_SEED = 0
 
 
 class Shuffle(NamedTuple):
@@ -54,56 +59,127 @@ class Window(NamedTuple):
     pieces: np.ndarray
 
 
-def n_shards(batch_size: int) -> int:
-    """Return the number of logical shards for a batch size: the largest divisor that it shares with 16.
+def n_shards(batch_size: int, n_blocks: int) -> int:
+    """Return the number of logical shards: the most that divide 16 and the batch size, with two blocks or more each.
 
     Examples
     --------
-    >>> n_shards(2048), n_shards(100)
-    (16, 4)
+    >>> n_shards(2048, n_blocks=14_883), n_shards(100, n_blocks=14_883), n_shards(2048, n_blocks=24)
+    (16, 4, 8)
     """
-    return math.gcd(MOST_SHARDS, batch_size)
+    shards = math.gcd(MOST_SHARDS, batch_size)
+    while shards > 1 and 2 * shards > n_blocks:
+        shards //= 2
+    return shards
+
+
+def deal(block_sizes: np.ndarray, n_shards: int) -> list[Int[np.ndarray, "m 3"]]:
+    """Return the pieces of blocks of each shard: block, and the first and last + 1 of its cells there.
+
+    The blocks are put in an order that looks random and is always the same, for neighbours in a store are alike, and
+    the sequence of their cells is cut into equal parts.
+
+    Examples
+    --------
+    >>> [pieces.tolist() for pieces in deal(np.array([8, 8, 4]), 2)]
+    [[[2, 0, 4], [0, 0, 6]], [[0, 6, 8], [1, 0, 8]]]
+    """
+    blocks = np.random.default_rng(_DEALING_SEED).permutation(len(block_sizes))
+    ends = np.cumsum(block_sizes[blocks])
+    starts = ends - block_sizes[blocks]
+    bounds = [shard * int(ends[-1]) // n_shards for shard in range(n_shards + 1)]
+    dealt = []
+    for low, high in itertools.pairwise(bounds):
+        own = np.flatnonzero((starts < high) & (ends > low))
+        first, last = np.maximum(low, starts[own]) - starts[own], np.minimum(high, ends[own]) - starts[own]
+        dealt.append(np.stack([blocks[own], first, last], axis=1))
+    return dealt
+
+
+def whole_blocks(block_sizes: np.ndarray) -> Int[np.ndarray, "m 3"]:
+    """Return all blocks as the pieces of one shard, in the order of the store.
+
+    Examples
+    --------
+    >>> whole_blocks(np.array([8, 4])).tolist()
+    [[0, 0, 8], [1, 0, 4]]
+    """
+    return np.stack([np.arange(len(block_sizes)), np.zeros_like(block_sizes), block_sizes], axis=1)
 
 
 def plan_windows(
-    block_sizes: np.ndarray, n_shards: int, shards: range, window_cells: int, shuffle: Shuffle | None
+    shards: Mapping[int, Int[np.ndarray, "m 3"]], blocks_per_window: int, shuffle: Shuffle | None
 ) -> list[Window]:
     """List the windows of some shards in the order in which a reader of batches needs them.
 
     Parameters
     ----------
+    shards
+        The pieces of each shard that is wanted.
+    blocks_per_window
+        Blocks, or pieces of blocks, that a window holds.
+    shuffle
+        None: the order given.
+
+    Examples
+    --------
+    >>> windows = plan_windows(dict(enumerate(deal(np.array([8, 8, 4]), 2))), 1, None)
+    >>> [(window.shard, window.pieces.tolist()) for window in windows]
+    [(0, [[2, 0, 4]]), (1, [[0, 6, 8]]), (1, [[1, 0, 8]]), (0, [[0, 0, 6]])]
+    """
+    windows = []
+    for shard, pieces in shards.items():
+        if shuffle is not None:
+            pieces = pieces[shuffle.permutation(len(pieces), shard)]
+        before = np.concatenate([[0], np.cumsum(pieces[:, 2] - pieces[:, 1])])
+        for number, at in enumerate(range(0, len(pieces), blocks_per_window)):
+            end = min(at + blocks_per_window, len(pieces))
+            windows.append(Window(int(before[at]), shard, number, int(before[end] - before[at]), pieces[at:end]))
+    return sorted(windows, key=lambda window: (window.start, window.shard))
+
+
+def training_windows(
+    block_sizes: np.ndarray, batch_size: int, window_cells: int, shuffle: Shuffle, owned: range | None = None
+) -> list[Window]:
+    """List the windows of an epoch, of all shards or those owned.
+
+    Parameters
+    ----------
     block_sizes
         Cells of each block of the split (n_blocks,).
-    n_shards, shards
-        Logical shards in all, and those wanted.
+    batch_size
+        Cells of a batch, over all shards.
     window_cells
         Cells that are mixed at a time, over all shards: rounded to whole blocks, at least one for each shard. The
         largest block counts where they differ.
     shuffle
-        None: the order of the store.
+        data_seed and epoch.
+    owned
+        Shards; None for all.
 
     Examples
     --------
-    >>> [window.pieces.tolist() for window in plan_windows(np.array([8, 8, 4]), 2, range(2), 8, None)]
-    [[[0, 0, 8]], [[1, 2, 8]], [[1, 0, 2]], [[2, 0, 4]]]
+    >>> windows = training_windows(np.full(64, 256), 2048, 8192, Shuffle(data_seed=0, epoch=0))
+    >>> len(windows), windows[0].n_cells
+    (32, 512)
     """
-    ends = np.cumsum(block_sizes)
-    starts, n_cells = ends - block_sizes, int(ends[-1])
-    blocks_per_window = max(1, round(window_cells / n_shards / int(block_sizes.max())))
-    windows = []
-    for shard in shards:
-        low, high = shard * n_cells // n_shards, (shard + 1) * n_cells // n_shards
-        blocks = np.flatnonzero((starts < high) & (ends > low))
-        if shuffle is not None:
-            blocks = blocks[shuffle.permutation(len(blocks), shard)]
-        first = np.maximum(low - starts[blocks], 0)
-        last = np.minimum(high - starts[blocks], block_sizes[blocks])
-        before = np.concatenate([[0], np.cumsum(last - first)])
-        pieces = np.stack([blocks, first, last], axis=1)
-        for number, at in enumerate(range(0, len(blocks), blocks_per_window)):
-            end = min(at + blocks_per_window, len(blocks))
-            windows.append(Window(int(before[at]), shard, number, int(before[end] - before[at]), pieces[at:end]))
-    return sorted(windows, key=lambda window: (window.start, window.shard))
+    shards = n_shards(batch_size, len(block_sizes))
+    dealt = deal(block_sizes, shards)
+    blocks_per_window = max(1, round(window_cells / shards / int(block_sizes.max())))
+    return plan_windows({shard: dealt[shard] for shard in owned or range(shards)}, blocks_per_window, shuffle)
+
+
+def cells_of_pieces(block_sizes: np.ndarray, pieces: Int[np.ndarray, "m 3"]) -> Int[np.ndarray, "n"]:
+    """Return the cells of pieces of blocks, as positions in the split.
+
+    Examples
+    --------
+    >>> cells_of_pieces(np.array([8, 8, 4]), np.array([[2, 1, 4], [0, 0, 2]]))
+    array([17, 18, 19,  0,  1])
+    """
+    starts = np.cumsum(block_sizes) - block_sizes
+    return np.concatenate([np.arange(start + first, start + last) for start, (first, last) in
+                           zip(starts[pieces[:, 0]], pieces[:, 1:], strict=True)])  # fmt: skip
 
 
 def cells_of_windows(block_sizes: np.ndarray, windows: list[Window], shuffle: Shuffle | None) -> dict[int, np.ndarray]:
@@ -111,14 +187,13 @@ def cells_of_windows(block_sizes: np.ndarray, windows: list[Window], shuffle: Sh
 
     Examples
     --------
-    >>> windows = plan_windows(np.array([8, 8, 4]), 2, range(2), 8, None)
+    >>> windows = plan_windows(dict(enumerate(deal(np.array([8, 8, 4]), 2))), 1, None)
     >>> cells_of_windows(np.array([8, 8, 4]), windows, None)[1]
-    array([10, 11, 12, 13, 14, 15, 16, 17, 18, 19])
+    array([ 6,  7,  8,  9, 10, 11, 12, 13, 14, 15])
     """
-    starts = np.cumsum(block_sizes) - block_sizes
     cells: dict[int, list[np.ndarray]] = {}
     for window in windows:
-        found = np.concatenate([starts[block] + np.arange(first, last) for block, first, last in window.pieces])
+        found = cells_of_pieces(block_sizes, window.pieces)
         if shuffle is not None:
             found = found[shuffle.permutation(window.n_cells, window.shard, window.number)]
         cells.setdefault(window.shard, []).append(found)
@@ -133,7 +208,7 @@ def cells_of_batches(
     Parameters
     ----------
     block_sizes, window_cells, shuffle
-        As for :func:`plan_windows`.
+        As for :func:`training_windows`.
     batch_size
         Cells of a batch; those of shard 0 come first in it, then those of shard 1, and so on.
 
@@ -142,8 +217,8 @@ def cells_of_batches(
     >>> cells_of_batches(np.array([8, 8, 4]), 6, 8, Shuffle(data_seed=0, epoch=0)).shape
     (3, 6)
     """
-    n_batches, shards = int(block_sizes.sum()) // batch_size, n_shards(batch_size)
-    windows = plan_windows(block_sizes, shards, range(shards), window_cells, shuffle)
+    n_batches, shards = int(block_sizes.sum()) // batch_size, n_shards(batch_size, len(block_sizes))
+    windows = training_windows(block_sizes, batch_size, window_cells, shuffle)
     share = batch_size // shards
     cells = cells_of_windows(block_sizes, windows, shuffle)
     taken = [cells[shard][: n_batches * share].reshape(n_batches, share) for shard in range(shards)]
@@ -159,14 +234,14 @@ class WindowSource:
     split
         Where they are.
     windows
-        From :func:`plan_windows`.
+        From :func:`training_windows` or :func:`plan_windows`.
     shuffle
         None: the order of the store.
 
     Examples
     --------
     >>> shuffle = Shuffle(data_seed=0, epoch=3)
-    >>> windows = plan_windows(split.block_sizes, 16, range(16), 32768, shuffle)  # doctest: +SKIP
+    >>> windows = training_windows(split.block_sizes, 2048, 32768, shuffle)  # doctest: +SKIP
     >>> len(WindowSource(split, windows, shuffle)[0])  # doctest: +SKIP
     2048
     """

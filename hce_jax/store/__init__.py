@@ -57,5 +57,7 @@ def open_store(path: str | Path) -> Store:
     side = read_side_files(path)
     kind = side.about.get("format", "merlin")  # the published store says nothing
     if kind not in (FORMAT, "merlin"):
-        raise StoreError(f"{path / STORE_FILE} has the format {kind!r}, which this hce_jax does not know; install a newer one")
+        raise StoreError(
+            f"{path / STORE_FILE} has the format {kind!r}, which this hce_jax does not know; install a newer one"
+        )
     return CellStore(side) if kind == FORMAT else MerlinStore(side)

@@ -14,8 +14,8 @@ from hce_jax.typing import PRECISIONS
 
 #: Every field and its type: those of ``configs/common.py``.
 _TYPES: dict[str, type] = {
-    **dict.fromkeys(("data_path", "class_weights_filename", "cells_in", "model_type", "precision", "mask_type", "log_dir",
-                     "model_name"), str),
+    **dict.fromkeys(("data_path", "class_weights_filename", "cells_in", "model_type", "precision", "mask_type",
+                     "log_dir", "model_name"), str),
     **dict.fromkeys(("sub_sample_frac", "dropout", "gamma", "momentum", "lambda_sparse", "epsilon", "learning_rate",
                      "weight_decay", "lr_scheduler_gamma", "gradient_clip_val"), float),
     **dict.fromkeys(("use_hierarchical_loss", "augment_training_data"), bool),

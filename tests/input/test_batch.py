@@ -179,13 +179,12 @@ def test_steps_are_compiled_at_most_three_times_though_cells_express_no_gene_or_
     state = jax.device_put(state, replicated(sharding.mesh))
     train_step = make_train_step(graphdef, objective, optimizer, jax.random.key(0))
     eval_step = make_eval_step(graphdef, objective)
-    room = {}
-    for epoch in range(3):
-        for batch in cells.training_batches(Shuffle(0, epoch), 15):
-            room.setdefault(batch.counts.gaps.shape + batch.values.gaps.shape, 0)
-            state, _ = train_step(state, batch)
+    rooms = set()
+    for batch in cells.training_batches(Shuffle(0, 0), 15):
+        rooms.add((batch.counts.gaps.shape, batch.values.gaps.shape))
+        state, _ = train_step(state, batch)
     for batch in cells.evaluation_batches():
         eval_step(state.params, state.stats, batch)
-    assert len(room) == 3
+    assert len(rooms) == 3
     assert train_step.func._cache_size() == 3
     assert eval_step._cache_size() == 3
