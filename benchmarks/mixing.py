@@ -21,7 +21,7 @@ from hce_jax.input.source import cells_of_batches
 
 N_CELLS, N_LABELS, N_STUDIES = 1_000_000, 160, 100
 BATCH_SIZE, GHOST_SIZE = 2048, 256
-BLOCK_SIZES = (256, 1024)
+BLOCK_SIZES = (256, 512, 1024)
 WINDOWS = (16_384, 32_768, 65_536, 131_072, 262_144)
 #: Of a packed cell in memory, at 2,190 expressed genes.
 BYTES_PER_CELL = 4400

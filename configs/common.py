@@ -26,7 +26,7 @@ def get_config() -> ConfigDict:
     # of a cell store); device (packed in the devices' memory, where batches are then made without the host).
     config.cells_in = "disk"
     # Cells that are mixed with each other at a time. More: better mixing, more memory (about 10 kB a cell).
-    config.shuffle_window = 65536
+    config.shuffle_window = 32768
 
     # --- model ---
     # linear, mlp, tabnet.

@@ -11,15 +11,14 @@ import numpy as np
 
 from hce_jax.errors import ConfigError, StoreError
 from hce_jax.store import LABEL_COLUMN, Block, Entries, Split
-from hce_jax.store.block import COUNTS, SCALE, VALUES
+from hce_jax.store.block import AMOUNT_TYPES, COUNTS, SCALE, VALUES
+from hce_jax.store.packing import Stream
 from hce_jax.typing import AnyArray, Array, Bool, Float, Int, Num, UInt8
 
 #: Standard deviations above the mean that the smallest size has room for.
 _DEVIATIONS = 3
 #: Entries of a line: streams are filled up to whole lines.
 LINE = 128
-#: What the amounts of the two streams are.
-AMOUNT_TYPES = {COUNTS: np.uint8, VALUES: np.float32}
 
 
 class PackedStream(NamedTuple):
@@ -152,14 +151,14 @@ def make_batch(cells: Sequence[Block], batch_size: int, sizes: Sequence[Capacity
     """
     n_rows, n_real = batch_size // n_parts, sum(len(block) for block in cells)
     parts = _parts(cells, n_rows, n_parts)
-    needed = (max(_n_entries(part, names) for part in parts) for names in (COUNTS, VALUES))
-    size = smallest_capacity(sizes, Capacity(*needed))
+    counts, values = ([[block.stream(names) for block in part] for part in parts] for names in (COUNTS, VALUES))
+    size = smallest_capacity(sizes, Capacity(_most_entries(counts), _most_entries(values)))
     scale, targets = np.zeros(batch_size, np.float32), np.zeros(batch_size, np.int32)
     np.concatenate([block.column(SCALE) for block in cells], out=scale[:n_real])
     np.concatenate([block.column(LABEL_COLUMN) for block in cells], out=targets[:n_real], casting="same_kind")
     return CellBatch(
-        counts=_join(parts, COUNTS, size.counts, n_rows),
-        values=_join(parts, VALUES, size.values, n_rows),
+        counts=_join(counts, AMOUNT_TYPES[COUNTS], size.counts, n_rows),
+        values=_join(values, AMOUNT_TYPES[VALUES], size.values, n_rows),
         scale=scale,
         targets=targets,
         real=np.arange(batch_size) < n_real,
@@ -192,20 +191,19 @@ def _parts(cells: Sequence[Block], n_rows: int, n_parts: int) -> list[list[Block
     return parts
 
 
-def _n_entries(part: Sequence[Block], names: tuple[str, str]) -> int:
-    return sum(len(block.stream(names).gaps) for block in part)
+def _most_entries(parts: Sequence[Sequence[Stream]]) -> int:
+    return max(sum(len(stream.gaps) for stream in part) for part in parts)
 
 
-def _join(parts: Sequence[Sequence[Block]], names: tuple[str, str], n_entries: int, n_rows: int) -> PackedStream:
+def _join(parts: Sequence[Sequence[Stream]], dtype: type, n_entries: int, n_rows: int) -> PackedStream:
     joined = PackedStream(
         np.empty((len(parts), n_entries), np.uint8),
-        np.empty((len(parts), n_entries), AMOUNT_TYPES[names]),
+        np.empty((len(parts), n_entries), dtype),
         np.zeros((len(parts), n_rows), np.int32),
     )
     for part, gaps, amounts, rows in zip(parts, *joined, strict=True):
         entry, sizes = 0, [np.zeros(0, np.int64)]
-        for block in part:
-            stream = block.stream(names)
+        for stream in part:
             into = slice(entry, entry := entry + len(stream.gaps))
             gaps[into], amounts[into] = stream.gaps, stream.amounts
             sizes.append(np.diff(stream.offsets))

@@ -95,7 +95,7 @@ def training_batches(
     share = shards // hosts.count
     owned = range(hosts.index * share, (hosts.index + 1) * share)
     windows = training_windows(split.block_sizes, batch_size, shuffle_window, shuffle, owned)
-    cells = _Pass(WindowSource(split, windows, shuffle), batch_size // shards, n_batches, read_ahead=share)
+    cells = _Pass(WindowSource(split, windows, shuffle), batch_size // shards, n_batches, read_ahead=max(share, 2))
     return _batches(cells, batch_size // hosts.count, n_parts)
 
 
@@ -122,7 +122,8 @@ def evaluation_batches(split: Split, batch_size: int, *, n_parts: int = 1) -> gr
     """
     blocks_per_window = max(1, _PLAIN_WINDOW // int(split.block_sizes.max()))
     windows = plan_windows({0: whole_blocks(split.block_sizes)}, blocks_per_window, None)
-    cells = _Pass(WindowSource(split, windows, None), batch_size, -(-split.n_cells // batch_size), read_ahead=1)
+    n_batches = -(-split.n_cells // batch_size)
+    cells = _Pass(WindowSource(split, windows, None), batch_size, n_batches, read_ahead=2 * n_readers())
     return _batches(cells, batch_size, n_parts)
 
 
@@ -184,14 +185,13 @@ class _Pass(grain.IterDataset):
     n_batches
         Batches; the last may find fewer cells.
     read_ahead
-        Windows that are read while others are used up; more if there are many cores, two for each.
+        Windows that are read while others are used up.
     """
 
     def __init__(self, source: WindowSource, n_rows: int, n_batches: int, read_ahead: int):
         super().__init__()
         self.source, self.n_rows, self.n_batches = source, n_rows, n_batches
-        readers = n_readers()
-        self.read_options = grain.ReadOptions(num_threads=readers, prefetch_buffer_size=max(read_ahead, 2 * readers))
+        self.read_options = grain.ReadOptions(num_threads=n_readers(), prefetch_buffer_size=read_ahead)
 
     def __iter__(self) -> "_PassIterator":
         return _PassIterator(self)

@@ -11,7 +11,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hce_jax.errors import ConfigError
 from hce_jax.input.batch import (
-    AMOUNT_TYPES,
     LINE,
     Capacity,
     CellBatch,
@@ -23,7 +22,7 @@ from hce_jax.input.batch import (
 from hce_jax.input.pipeline import batches_per_epoch
 from hce_jax.input.source import Shuffle, cells_of_batches, cells_of_pieces, deal, n_shards
 from hce_jax.store import LABEL_COLUMN, Block, Entries, Split
-from hce_jax.store.block import COUNTS, SCALE, VALUES
+from hce_jax.store.block import AMOUNT_TYPES, COUNTS, SCALE, VALUES
 from hce_jax.store.held import read_blocks
 from hce_jax.typing import Array, Float, Int, Num, UInt8
 

@@ -32,7 +32,8 @@ class Shuffle(NamedTuple):
 
     def permutation(self, n: int, *where: int) -> np.ndarray:
         """Draw a permutation for a shard, or for a window of a shard."""
-        return np.random.default_rng([self.data_seed, self.epoch, *where]).permutation(n)
+        # The length is drawn from too: numpy fills short seeds up with zeros, which would make (3,) and (3, 0) one.
+        return np.random.default_rng([self.data_seed, self.epoch, len(where), *where]).permutation(n)
 
 
 class Window(NamedTuple):

@@ -15,7 +15,8 @@ COUNTS, VALUES = ("count_gaps", "counts"), ("value_gaps", "values")
 SCALE = "scale"
 PACKED_COLUMNS = (*COUNTS, *VALUES, SCALE)
 
-_AMOUNT_TYPES = {COUNTS: np.uint8, VALUES: np.float32}
+#: Type of the amounts of each stream.
+AMOUNT_TYPES = {COUNTS: np.uint8, VALUES: np.float32}
 #: A cell with a larger count is kept as values: its count would take too many entries.
 _LARGEST_COUNT = 2**16 - 1
 #: How far the expression computed from counts may lie from the one given.
@@ -109,7 +110,7 @@ class Block:
         """
         gap_column, amount_column = (self.cells.column(name) for name in names)
         gaps, offsets = cell_bytes(gap_column)
-        return Stream(gaps, cell_bytes(amount_column)[0].view(_AMOUNT_TYPES[names]), offsets)
+        return Stream(gaps, cell_bytes(amount_column)[0].view(AMOUNT_TYPES[names]), offsets)
 
     @property
     def counts(self) -> sp.csr_array:
@@ -176,7 +177,7 @@ def _block(
     """Make a block of cells with a scale above 0 as counts, the others as values."""
     arrays: dict[str, pa.Array] = {}
     for names, chosen, amounts in ((COUNTS, scale_n > 0, counts), (VALUES, scale_n == 0, places.values)):
-        stream = places._replace(values=amounts).take(chosen).pack(_AMOUNT_TYPES[names])
+        stream = places._replace(values=amounts).take(chosen).pack(AMOUNT_TYPES[names])
         entries = np.zeros(len(chosen), np.int64)
         entries[chosen] = np.diff(stream.offsets)
         offsets = np.concatenate([[0], np.cumsum(entries)])

@@ -7,13 +7,14 @@ found too. Damage can also hit what Arrow reads before a checksum can be taken: 
 its schema, its lengths and the sizes of its buffers are known to be as written.
 """
 
+import bisect
 import dataclasses
 import itertools
 import math
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -28,8 +29,8 @@ from hce_jax.store.split import Entries, Split, check_codes
 
 FORMAT = "cells"
 FORMAT_VERSION = 1
-#: Cells of a block: small, since what is mixed together is a number of blocks (docs/input.md has the measurement).
-BLOCK_SIZE = 256
+#: Cells of a block. Smaller ones are mixed better, larger ones read faster (docs/input.md has the measurements).
+BLOCK_SIZE = 512
 
 _COMPRESSION = pa.Codec("zstd", 1)
 _CHECKSUMS, _N_GENES = b"xxh3_64", b"n_genes"  # in the metadata of a batch
@@ -178,6 +179,14 @@ def _checksums(cells: pa.RecordBatch, file: str, block: int) -> list[str]:
     return digests
 
 
+class _Selection(NamedTuple):
+    """Some columns of a part: their numbers, and what to ask Arrow for."""
+
+    wanted: list[int]
+    schema: pa.Schema
+    options: ipc.IpcReadOptions
+
+
 @dataclasses.dataclass(frozen=True)
 class CellSplit(Split):
     """One split of a cell store.
@@ -197,9 +206,14 @@ class CellSplit(Split):
     columns: tuple[str, ...]
 
     @cached_property
-    def _first_blocks(self) -> np.ndarray:
-        """Number of the first block of each part (p + 1,)."""
-        return np.cumsum([0, *(-(-part.cells // self.block_size) for part in self.parts)])
+    def _first_blocks(self) -> list[int]:
+        """Number of the first block of each part, and one more."""
+        return list(itertools.accumulate((-(-part.cells // self.block_size) for part in self.parts), initial=0))
+
+    @cached_property
+    def _selections(self) -> dict[tuple[str, ...], "_Selection"]:
+        """What :meth:`_select` has made."""
+        return {}
 
     @cached_property
     def block_sizes(self) -> np.ndarray:
@@ -229,39 +243,47 @@ class CellSplit(Split):
             If the store has no such column, the block cannot be read or is damaged, or a code has no entry in its
             lookup.
         """
-        number = int(np.searchsorted(self._first_blocks, index, side="right")) - 1
-        file, block = f"{self.name}/{self.parts[number].file}", int(index - self._first_blocks[number])
-        absent = [name for name in columns if name not in self.columns]
-        if absent:
-            theirs = ", ".join(name for name in self.columns if name not in PACKED_COLUMNS)
-            raise StoreError(f"{self.side.path / STORE_FILE} lists no column {absent[0]!r}; it has {theirs}")
-        path = self.side.path / file
+        number = bisect.bisect_right(self._first_blocks, index) - 1
+        file, block = f"{self.name}/{self.parts[number].file}", index - self._first_blocks[number]
+        selection = self._select(columns)
         try:
-            cells = self._read_cells(file, block, sorted(map(self.columns.index, {*PACKED_COLUMNS, *columns})))
+            cells = self._read_cells(file, block, selection)
             if len(cells) != self.block_sizes[index]:
                 raise ValueError(f"it has {len(cells)} cells instead of {self.block_sizes[index]}")
         except (OSError, pa.ArrowException, LookupError, TypeError, ValueError) as error:
+            path = self.side.path / file
             raise StoreError(f"block {block} of {path} cannot be read ({error}); {_REMEDY}") from error
         read = Block(cells, self.side.n_genes)
         for name in columns:
             codes = read.column(name)
-            check_codes(path, name, codes.min().item(), codes.max().item(), self.side)
+            check_codes(f"{self.side.path}/{file}", name, codes.min().item(), codes.max().item(), self.side)
         return read
 
-    def _read_cells(self, file: str, block: int, wanted: list[int]) -> pa.RecordBatch:
+    def _select(self, columns: tuple[str, ...]) -> "_Selection":
+        """Return how to read the expression and these columns; kept, for a block is read in a millisecond."""
+        if columns not in self._selections:
+            absent = [name for name in columns if name not in self.columns]
+            if absent:
+                theirs = ", ".join(name for name in self.columns if name not in PACKED_COLUMNS)
+                raise StoreError(f"{self.side.path / STORE_FILE} lists no column {absent[0]!r}; it has {theirs}")
+            wanted = sorted(map(self.columns.index, {*PACKED_COLUMNS, *columns}))
+            schema = pa.schema([(name, _TYPES.get(name, pa.int64())) for name in map(self.columns.__getitem__, wanted)])
+            options = ipc.IpcReadOptions(use_threads=False, included_fields=wanted)
+            self._selections[columns] = _Selection(wanted, schema, options)
+        return self._selections[columns]
+
+    def _read_cells(self, file: str, block: int, selection: "_Selection") -> pa.RecordBatch:
         """Read the wanted columns of a block, and raise some error if they are not as written."""
-        options = ipc.IpcReadOptions(use_threads=False, included_fields=wanted)
         # Opened anew for each block: a reader must not be shared between threads.
-        with pa.OSFile(str(self.side.path / file)) as opened:
-            cells, metadata = ipc.open_file(opened, options=options).get_batch_with_custom_metadata(block)
-        names = [self.columns[column] for column in wanted]
-        if not cells.schema.equals(pa.schema([(name, _TYPES.get(name, pa.int64())) for name in names])):
-            raise ValueError(f"its columns are not {', '.join(names)}")
+        with pa.OSFile(f"{self.side.path}/{file}") as opened:
+            cells, metadata = ipc.open_file(opened, options=selection.options).get_batch_with_custom_metadata(block)
+        if not cells.schema.equals(selection.schema):
+            raise ValueError(f"its columns are not {', '.join(selection.schema.names)}")
         cells.validate()
         if (n_genes := int(metadata[_N_GENES])) != self.side.n_genes:
             raise ValueError(f"its cells have {n_genes} genes, but {VAR_FILE} names {self.side.n_genes}")
         written = metadata[_CHECKSUMS].decode().split()
-        if _checksums(cells, file, block) != [written[column] for column in wanted]:
+        if _checksums(cells, file, block) != [written[column] for column in selection.wanted]:
             raise ValueError("wrong checksum: these are not the cells that were written there")
         return cells
 

@@ -35,11 +35,11 @@ def epoch_by_the_rule(block_sizes, batch_size, window_cells, data_seed, epoch):
             own.append([cell for number, cell in enumerate(blocks[i], place) if begin <= number < end])
             place += len(blocks[i])
         own = [block for block in own if block]
-        drawn = np.random.default_rng([data_seed, epoch, shard]).permutation(len(own))
+        drawn = np.random.default_rng([data_seed, epoch, 1, shard]).permutation(len(own))
         order = []
         for number, first in enumerate(range(0, len(own), per_window)):
             window = [cell for i in drawn[first : first + per_window] for cell in own[i]]
-            rng = np.random.default_rng([data_seed, epoch, shard, number])
+            rng = np.random.default_rng([data_seed, epoch, 2, shard, number])
             order += [window[i] for i in rng.permutation(len(window))]
         order_of_shards.append(order)
     share = batch_size // shards

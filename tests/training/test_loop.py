@@ -137,6 +137,13 @@ def test_the_same_configuration_gives_the_same_bits_and_each_seed_changes_what_i
     assert not np.array_equal(base, data_seed)
 
 
+@pytest.mark.parametrize("place", ["host", "device"])
+def test_where_the_cells_lie_changes_no_bit(store_path, result, tmp_path, place):
+    elsewhere = fit(small(linear_hce, store_path, log_dir=str(tmp_path), cells_in=place))
+    np.testing.assert_array_equal(weights(elsewhere), weights(result))
+    assert elsewhere.val_f1_macro == result.val_f1_macro
+
+
 def test_it_stops_after_patience_epochs_without_a_better_score(store_path, tmp_path):
     config = small(linear_hce, store_path, log_dir=str(tmp_path), max_epochs=9, early_stopping_patience=2,
                    learning_rate=1e-12)  # fmt: skip
