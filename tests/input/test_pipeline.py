@@ -235,7 +235,7 @@ def test_damage_in_the_middle_of_an_epoch_is_named_and_leaves_no_threads_behind(
         iterator = iter(batches)
         found, error = until_an_error(iterator)
         assert re.fullmatch(rf"block 2 of {part} cannot be read \(wrong checksum.*", error)
-        assert len(found) == (21 if batches in training else 0)  # evaluation reads this small split at once
+        assert len(found) == (37 if batches in training else 0)  # evaluation reads this small split at once
         iterator.close()
         wait_for_no_threads(before)
 

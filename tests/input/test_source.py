@@ -71,8 +71,8 @@ def test_the_order_follows_the_written_rule(case):
 def test_the_orders_of_these_seeds_are_these():
     sizes = np.array([4, 4, 4, 4, 4])
     first, other = (cells_of_batches(sizes, 6, 8, Shuffle(*each)).tolist() for each in ((0, 0), (7, 3)))
-    assert first == [[12, 13, 10, 3, 1, 2], [8, 11, 9, 0, 5, 6], [17, 18, 19, 4, 7, 15]]
-    assert other == [[8, 11, 9, 14, 15, 6], [10, 16, 18, 4, 7, 5], [19, 17, 12, 0, 2, 3]]
+    assert first == [[17, 19, 16, 0, 1, 2], [18, 12, 13, 3, 4, 6], [11, 10, 8, 7, 5, 15]]
+    assert other == [[9, 11, 10, 15, 14, 7], [8, 12, 13, 6, 4, 5], [19, 16, 17, 2, 3, 1]]
 
 
 def test_another_epoch_or_data_seed_gives_another_order_and_the_same_ones_the_same():
