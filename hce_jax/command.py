@@ -11,6 +11,9 @@ from absl import flags
 
 from hce_jax.errors import ConfigError, UserError
 
+#: Exit code after Ctrl-C, as shells have it.
+INTERRUPTED = 130
+
 
 def run(main: Callable[[], None]) -> None:
     """Parse the command line's absl flags and run ``main``; end as :func:`exit_codes` says.
@@ -21,9 +24,17 @@ def run(main: Callable[[], None]) -> None:
     ...     run(main)
     """
     logging.getLogger("absl").setLevel(logging.WARNING)
-    with exit_codes():
-        _parse_flags()
-        main()
+    try:
+        with exit_codes():
+            _parse_flags()
+            main()
+    except SystemExit as end:
+        if end.code != INTERRUPTED:
+            raise
+        # At once: threads that read ahead may be inside native code, which Python's own way to end would crash.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(INTERRUPTED)
 
 
 @contextmanager
@@ -52,7 +63,7 @@ def exit_codes() -> Iterator[None]:
         sys.exit(2)
     except KeyboardInterrupt as interrupt:
         print(str(interrupt) or "interrupted", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
 
 
 def _parse_flags() -> None:

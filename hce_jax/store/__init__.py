@@ -54,10 +54,18 @@ def open_store(path: str | Path) -> Store:
     if not path.is_dir():
         problem = "is not a folder" if path.exists() else "does not exist"
         raise StoreError(f"the store {path} {problem}; set DATA_PATH to a store's folder")
+    if not (path / STORE_FILE).is_file() and any(path.glob("*/part.*.arrow")):
+        raise StoreError(
+            f"{path / STORE_FILE} does not exist, but a cell store needs it; take it from a copy of the store"
+        )
     side = read_side_files(path)
     kind = side.about.get("format", "merlin")  # the published store says nothing
     if kind not in (FORMAT, "merlin"):
         raise StoreError(
             f"{path / STORE_FILE} has the format {kind!r}, which this hce_jax does not know; install a newer one"
         )
-    return CellStore(side) if kind == FORMAT else MerlinStore(side)
+    if kind == "merlin":
+        return MerlinStore(side)
+    store = CellStore(side)
+    store.check_meaning()
+    return store

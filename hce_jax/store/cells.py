@@ -24,7 +24,7 @@ import xxhash
 from hce_jax.errors import StoreError
 from hce_jax.files import written_aside
 from hce_jax.store.block import COUNTS, PACKED_COLUMNS, SCALE, VALUES, Block, cell_bytes
-from hce_jax.store.schema import LABEL_COLUMN, SPLITS, STORE_FILE, VAR_FILE, SideFiles
+from hce_jax.store.schema import LABEL_COLUMN, LOOKUP_FOLDER, SPLITS, STORE_FILE, VAR_FILE, SideFiles
 from hce_jax.store.split import Entries, Split, check_codes
 
 FORMAT = "cells"
@@ -320,12 +320,30 @@ class CellStore:
         try:
             self._block_size, self._columns = about["block_size"], tuple(about["columns"])
             self._parts = {name: tuple(map(_part, split["parts"])) for name, split in about["splits"].items()}
+            for name, split in about["splits"].items():
+                found = sum(part.cells for part in self._parts[name])
+                if split.get("cells", found) != found:
+                    raise ValueError(f"the parts of {name} have {found} cells, not {split['cells']}")
             if type(self._block_size) is not int or self._block_size < 1:
                 raise ValueError(f"block_size is {self._block_size!r}")
             if not {*PACKED_COLUMNS, LABEL_COLUMN} <= {*self._columns}:
                 raise ValueError(f"columns are {', '.join(self._columns)}")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise StoreError(f"{file} is damaged ({type(error).__name__}: {error}); {_REMEDY}") from error
+
+    def check_meaning(self) -> None:
+        """Check that the files that say what genes and codes mean are those that came with the cells.
+
+        Raises
+        ------
+        StoreError
+            If one is not.
+        """
+        for name, said in self.side.about.get("side_files", {}).items():
+            if name == VAR_FILE or name.startswith(f"{LOOKUP_FOLDER}/"):
+                path = self.side.path / name
+                if not path.is_file() or checksum(path) != said["xxh3_64"]:
+                    raise StoreError(f"{path} is not the file that {STORE_FILE} describes; {_REMEDY}")
 
     def has_split(self, name: str) -> bool:
         """Tell whether the store has cells of this split."""

@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import shutil
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -178,6 +179,8 @@ class _Plan:
         splits = [store.split(name) for name in SPLITS if store.has_split(name)]
         if not splits:
             raise StoreError(f"{source} has no {'/, '.join(SPLITS)}/ with part.N.parquet files; nothing to convert")
+        if absent := [name for name in SPLITS if not store.has_split(name)]:
+            print(f"{source} lacks its {' and '.join(absent)} split; converting what is there", file=sys.stderr)
         parts, paths = {}, []
         for split in splits:
             groups = defaultdict(list)
@@ -250,7 +253,7 @@ def _say_gaps(parts: Sequence[Path]) -> None:
     last = int(parts[-1].name.split(".")[1])
     absent = [name for number in range(last) if (name := f"part.{number}.parquet") not in there]
     if absent:
-        print(f"{parts[0].parent} lacks {', '.join(absent[:5])}; converting what is there", flush=True)
+        print(f"{parts[0].parent} lacks {', '.join(absent[:5])}; converting what is there", file=sys.stderr)
 
 
 def _common_columns(parts: Sequence[Path]) -> tuple[str, ...]:

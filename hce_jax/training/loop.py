@@ -330,5 +330,6 @@ class Trainer:
             f"model       {config.model_type}, {n_parameters:,} parameters, {loss}, seed {config.seed}\n"
             f"training    {self.steps_per_epoch:,} steps of {config.batch_size:,} cells an epoch, "
             f"at most {config.max_epochs} epochs\n"
-            f"devices     {jax.device_count()} x {jax.devices()[0].device_kind}, {self.precision.name}"
+            f"devices     {jax.device_count()} x {jax.devices()[0].device_kind}, {self.precision.name}; "
+            f"cells in {'the memory of the ' if config.cells_in != 'disk' else 'files on '}{config.cells_in}"
         )

@@ -183,7 +183,7 @@ def test_an_empty_part_keeps_its_place_and_a_missing_one_is_told(own_source, tmp
     pq.write_table(pq.read_table(path).slice(0, 0), path)
     (own_source / "train" / "part.5.parquet").unlink()
     convert(own_source, tmp_path / "cells", verify=True)
-    said = capsys.readouterr().out
+    said = capsys.readouterr().err
     assert f"{own_source / 'train'} lacks part.5.parquet; converting what is there" in said
     sizes = [
         part["cells"] for part in json.loads((tmp_path / "cells/store.json").read_text())["splits"]["train"]["parts"]
@@ -406,3 +406,35 @@ def test_a_short_conversion_is_silent_but_for_its_report(source, tmp_path, capsy
     convert(source, tmp_path / "cells")
     if time.monotonic() - started < 10:
         assert capsys.readouterr().err == ""
+
+
+# --- what a cell store notices when it is opened ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["var.parquet", "categorical_lookup/cell_type.parquet"])
+def test_genes_and_codes_that_others_than_the_cells_came_with_are_refused(own_converted, name):
+    path = own_converted / name
+    table = pq.read_table(path)
+    pq.write_table(table.take(list(range(len(table)))[::-1]), path)
+    with pytest.raises(StoreError, match=rf"{path} is not the file that store.json describes"):
+        open_store(own_converted)
+
+
+def test_a_part_that_is_missing_from_the_list_is_noticed_by_the_total(own_converted):
+    path = own_converted / "store.json"
+    about = json.loads(path.read_text())
+    about["splits"]["train"]["parts"].pop()
+    path.write_text(json.dumps(about))
+    with pytest.raises(StoreError, match=r"store.json is damaged .*the parts of train have \d+ cells, not 90"):
+        open_store(own_converted)
+
+
+def test_a_cell_store_without_its_store_json_is_not_taken_for_a_merlin_store(own_converted):
+    (own_converted / "store.json").unlink()
+    with pytest.raises(StoreError, match=r"store.json does not exist, but a cell store needs it"):
+        open_store(own_converted)
+
+
+def test_a_split_that_the_source_lacks_is_told(tmp_path, capsys):
+    convert(write_tiny_store(tmp_path / "merlin", {"train": 20}), tmp_path / "cells")
+    assert "merlin lacks its val and test split; converting what is there" in capsys.readouterr().err
