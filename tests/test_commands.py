@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from messages import one_line_error
 from stores import LABELS, N_TYPES, write_tiny_store
 
 ROOT = Path(__file__).parents[1]
@@ -39,14 +40,6 @@ def trained(store_path):
     done = train(store_path.parent, *FAST, DATA_PATH=str(store_path))
     assert done.returncode == 0, done.stderr
     return done.stdout
-
-
-def one_line_error(done):
-    assert done.returncode == 2, done.stdout + done.stderr
-    lines = done.stderr.strip().splitlines()
-    assert len(lines) == 1, done.stderr
-    assert lines[0].startswith("error: ")
-    return lines[0]
 
 
 def test_training_says_what_it_does_and_what_comes_next(store_path, trained):

@@ -8,6 +8,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from messages import one_line_error
 from stores import write_tiny_store
 
 import hce_jax.__main__
@@ -24,14 +25,6 @@ def run(cwd, *arguments):
         text=True,
         check=False,
     )
-
-
-def one_line_error(done):
-    assert done.returncode == 2, done.stdout + done.stderr
-    lines = done.stderr.strip().splitlines()
-    assert len(lines) == 1, done.stderr
-    assert lines[0].startswith("error: ")
-    return lines[0]
 
 
 @pytest.fixture(scope="module")
