@@ -57,8 +57,9 @@ def jax_step(args: argparse.Namespace, model_type: str) -> Step:
     import jax.numpy as jnp
     from flax import nnx
 
-    from hce_jax.input import batch_of_values
+    from hce_jax.input import batch_of_values, dense_batch
     from hce_jax.models import build_model
+    from hce_jax.training.mesh import batch_sharding, data_mesh
     from hce_jax.training.optim import published_optimizer, step_schedule
     from hce_jax.training.steps import Objective, init_state, make_train_step
     from hce_jax.typing import resolve_precision
@@ -69,14 +70,15 @@ def jax_step(args: argparse.Namespace, model_type: str) -> Step:
     model = build_model(config, args.genes, args.types, nnx.Rngs(0), precision=precision)
     learning_rate, weight_decay = OPTIMIZER[model_type]
     optimizer = published_optimizer(step_schedule(learning_rate, 0.9, 1, 1000), weight_decay, CLIP_NORM)
-    graphdef, state = init_state(model, optimizer)
+    graphdef, state = init_state([model], optimizer)
     objective = Objective(jnp.asarray(reachability), jnp.ones(args.types), True, 1e-6)
-    train_step = make_train_step(graphdef, objective, optimizer, jax.random.key(0))
-    batch = jax.device_put(batch_of_values(x, targets))
+    train_step = make_train_step(graphdef, [objective], optimizer, jax.random.split(jax.random.key(0), 1))
+    packed = jax.device_put(batch_of_values(x, targets))
+    sharding = batch_sharding(data_mesh(), args.batch_size)
 
     def step() -> None:
         nonlocal state
-        state, _ = train_step(state, batch)
+        state, _ = train_step(state, dense_batch(packed, sharding))
         jax.block_until_ready(state)
 
     return step

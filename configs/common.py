@@ -81,6 +81,10 @@ def get_config() -> ConfigDict:
     config.early_stopping_patience = 10
     # Seed of the initial weights, dropout and augmentation.
     config.seed = 1
+    # Several seeds, and several losses out of 'ce' and 'hce': one model of each, trained together on the same cells and
+    # left as runs of their own, in place of the one of `seed` and `use_hierarchical_loss`.
+    config.seeds = ()
+    config.losses = ()
 
     # --- output ---
     # Folder of all runs. Empty: tb_logs in the store's folder.
@@ -91,6 +95,10 @@ def get_config() -> ConfigDict:
     config.save_top_k = 1
     # Epochs from one checkpoint to the next; epochs between are validated but not saved.
     config.checkpoint_interval = 1
+    # Minutes of training from one save for going on to the next; each epoch's end is one too. 0: those only.
+    config.checkpoint_every_minutes = 10.0
+    # Steps to record in a profile for TensorBoard, once the first ones are over. 0: none.
+    config.profile_steps = 0
     # Steps from one TensorBoard point of the training loss to the next.
     config.log_every_n_steps = 50
 

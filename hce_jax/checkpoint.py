@@ -6,7 +6,7 @@ import itertools
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.sparse as sp
+import xxhash
 from flax import nnx
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
@@ -30,6 +31,8 @@ from hce_jax.typing import Array, Float, Precision, resolve_precision
 Cells: TypeAlias = Any
 
 FORMAT_VERSION = 1
+#: Names of states that are being replaced, and of checkpoints that are being deleted.
+_NEW, _REPLACED, _DELETED = ".new", ".replaced", ".deleted-"
 NORMALISATION = "sf-log1p: counts scaled to 10,000 a cell over these genes, then ln(1 + x)"
 
 
@@ -86,7 +89,7 @@ def _orbax_errors(problem: str) -> Iterator[None]:
     try:
         yield
         return
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
     hook = sys.unraisablehook
     with warnings.catch_warnings():
@@ -127,8 +130,121 @@ def save_model(path: Path, card: ModelCard, reachability: np.ndarray, params: nn
         "stats": nnx.to_pure_dict(stats),
         "reachability": np.asarray(reachability, np.float32),
     }
-    with _orbax_errors(f"the checkpoint {path} could not be written"):
+    with _orbax_errors(f"the checkpoint {path} could not be written"), _all_hosts():
         ocp.save_checkpointables(path.absolute(), {"model": arrays}, custom_metadata=dataclasses.asdict(card))
+
+
+def save_state(path: Path, arrays: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> None:
+    """Write arrays, with a checksum of each, and what JSON can hold of them; replaces what is there, as a whole.
+
+    Parameters
+    ----------
+    path
+        A folder; killed at any moment, it is there as it was or as it shall be (:func:`recover_states`).
+    arrays, about
+        What :func:`load_state` gives back.
+
+    Raises
+    ------
+    CheckpointError
+        If it cannot be written.
+
+    Examples
+    --------
+    >>> save_state(run / "checkpoints" / "last" / "1200", {"step": np.array(1200)}, {"epoch": 3})  # doctest: +SKIP
+    """
+    metadata = {"about": dict(about), "checksums": {name: _checksum(array) for name, array in arrays.items()}}
+    new = path.with_name(f"{path.name}{_NEW}")
+    with _orbax_errors(f"the checkpoint {path} could not be written"), _all_hosts():
+        ocp.save_checkpointables(new.absolute(), {"state": dict(arrays)}, custom_metadata=metadata)
+    if jax.process_index() == 0:
+        replaced = path.with_name(f"{path.name}{_REPLACED}")
+        if path.exists():
+            path.rename(replaced)
+        new.rename(path)
+        if replaced.exists():
+            delete_checkpoint(replaced)
+
+
+def recover_states(folder: Path) -> None:
+    """Bring the states of a folder in order after a kill: what was not finished goes, what was replaced comes back.
+
+    Examples
+    --------
+    >>> recover_states(run / "checkpoints" / "last")  # doctest: +SKIP
+    """
+    for path in list(folder.glob(f"*{_REPLACED}")):
+        name = path.with_name(path.name.removesuffix(_REPLACED))
+        if not name.exists():
+            path.rename(name)
+    clear_unfinished(folder)
+
+
+def clear_unfinished(folder: Path) -> None:
+    """Remove what killed processes left half written or half deleted in a folder of checkpoints.
+
+    Examples
+    --------
+    >>> clear_unfinished(run / "checkpoints")  # doctest: +SKIP
+    """
+    for path in list(folder.glob("*")):
+        if path.name.startswith(_DELETED) or "orbax-checkpoint-tmp" in path.name or path.suffix in (_NEW, _REPLACED):
+            shutil.rmtree(path)
+
+
+def state_about(path: Path) -> dict[str, Any]:
+    """Read what JSON holds of a state, only.
+
+    Raises
+    ------
+    CheckpointError
+        If it is damaged.
+
+    Examples
+    --------
+    >>> state_about(run / "checkpoints" / "last" / "1200")["epoch"]  # doctest: +SKIP
+    3
+    """
+    with _orbax_errors(f"the checkpoint {path} is damaged"), _all_hosts():
+        return ocp.checkpointables_metadata(path.absolute()).custom_metadata["about"]
+
+
+def load_state(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Read what :func:`save_state` wrote.
+
+    Raises
+    ------
+    CheckpointError
+        If it is damaged.
+
+    Examples
+    --------
+    >>> arrays, about = load_state(run / "checkpoints" / "last" / "1200")  # doctest: +SKIP
+    """
+    with _orbax_errors(f"the checkpoint {path} is damaged"), _all_hosts():
+        metadata = ocp.checkpointables_metadata(path.absolute()).custom_metadata
+        arrays = ocp.load_checkpointables(path.absolute())["state"]
+        checksums, about = metadata["checksums"], metadata["about"]
+        arrays = {name: np.asarray(array) for name, array in arrays.items()}
+    for name in {*checksums, *arrays}:
+        if name not in arrays or _checksum(arrays[name]) != checksums.get(name):
+            raise CheckpointError(f"the checkpoint {path} is damaged: {name} is not what was written")
+    return arrays, about
+
+
+def _checksum(array: np.ndarray) -> str:
+    return f"{array.dtype} {array.shape} {xxhash.xxh3_64_hexdigest(array.tobytes())}"
+
+
+@contextmanager
+def _all_hosts() -> Iterator[None]:
+    """Have the hosts wait for each other through the coordinator: saves run beside the steps, so not by the devices."""
+    if jax.process_count() == 1:
+        yield
+        return
+    everyone = ocp.options.MultiprocessingOptions(active_processes=set(range(jax.process_count())))
+    with ocp.Context(multiprocessing_options=everyone):
+        yield
 
 
 def delete_checkpoint(path: Path) -> None:
@@ -138,7 +254,7 @@ def delete_checkpoint(path: Path) -> None:
     --------
     >>> delete_checkpoint(run / "checkpoints" / name)  # doctest: +SKIP
     """
-    aside = path.with_name(f".deleted-{path.name}")
+    aside = path.with_name(f"{_DELETED}{path.name}")
     path.rename(aside)
     shutil.rmtree(aside)
 
@@ -220,16 +336,6 @@ class Predictor:
         """
         return np.concatenate(list(self._in_batches(_probabilities, x, batch_size)))
 
-    def predict_batch(self, batch: CellBatch) -> Float[np.ndarray, "n c"]:
-        """Return the probabilities of the real cells of a batch of the input pipeline, as :meth:`predict_proba`.
-
-        Examples
-        --------
-        >>> predictor.predict_batch(next(iter(evaluation_batches(split, 2048)))).shape  # doctest: +SKIP
-        (2048, 164)
-        """
-        return np.asarray(self._apply(_probabilities_of_batch, self.params, self.stats, batch))[np.asarray(batch.real)]
-
     def embed(self, x: Cells, batch_size: int = 2048) -> Float[np.ndarray, "n h"]:
         """Return the embedding of each cell: MLP, the last hidden layer; TabNet, the sum of the steps' outputs.
 
@@ -281,9 +387,19 @@ class Predictor:
             yield jax.tree.map(lambda output: np.asarray(output)[: len(dense)], outputs)  # noqa: B023 (used at once)
 
     def _apply_to_batch(
-        self, function: Callable[[nnx.Module, Any], Any], params: nnx.State, stats: nnx.State, cells: Array | CellBatch
+        self, function: Callable[[nnx.Module, Array], Any], params: nnx.State, stats: nnx.State, x_bg: Array
     ) -> Any:
-        return function(nnx.merge(self.graphdef, params, stats), cells)
+        return function(nnx.merge(self.graphdef, params, stats), x_bg)
+
+    def probabilities(self, x_bg: Float[Array, "b g"]) -> Float[Array, "b c"]:
+        """Return the probabilities of a batch that is on the device, as :meth:`predict_proba`.
+
+        Examples
+        --------
+        >>> predictor.probabilities(densify(batch)).shape  # doctest: +SKIP
+        (2048, 164)
+        """
+        return self._apply(_probabilities, self.params, self.stats, x_bg)
 
     def check_store(self, side: SideFiles) -> None:
         """Check that a store has this model's genes and labels, in the same order.
@@ -293,31 +409,104 @@ class Predictor:
         CheckpointError
             If it has not, naming the first difference.
         """
-        for what, ours, theirs in (
-            ("gene", self.card.gene_ids, side.gene_ids),
-            ("cell type", self.card.labels, side.labels),
-        ):
+        remedy = "evaluate it on the store it was trained on, or one made with the same lists"
+        self._check_lists(f"the store {side.path}", side.gene_ids, side.labels, remedy)
+
+    def check_member(self, other: "Predictor") -> None:
+        """Check that another model has the same genes and labels, so that their probabilities can be averaged.
+
+        Raises
+        ------
+        CheckpointError
+            If it has not, naming the first difference.
+        """
+        remedy = "the members of an ensemble are trained on the same store"
+        self._check_lists(f"the checkpoint {other.path}", other.card.gene_ids, other.card.labels, remedy)
+
+    def _check_lists(self, where: str, gene_ids: tuple[str, ...], labels: tuple[str, ...], remedy: str) -> None:
+        for what, ours, theirs in (("gene", self.card.gene_ids, gene_ids), ("cell type", self.card.labels, labels)):
             if ours == theirs:
                 continue
-            remedy = "evaluate it on the store it was trained on, or one made with the same lists"
             if len(ours) != len(theirs):
                 raise CheckpointError(
-                    f"the checkpoint {self.path} has {len(ours)} {what}s, "
-                    f"the store {side.path} has {len(theirs)}; {remedy}"
+                    f"the checkpoint {self.path} has {len(ours)} {what}s, {where} has {len(theirs)}; {remedy}"
                 )
             at = next(i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b)
             raise CheckpointError(
-                f"the checkpoint {self.path} and the store {side.path} list other {what}s: "
+                f"the checkpoint {self.path} and {where} list other {what}s: "
                 f"number {at} is {ours[at]!r} in the one and {theirs[at]!r} in the other; {remedy}"
             )
 
 
+class Ensemble:
+    """Several models that are asked together: the mean of their probabilities (one model: its own).
+
+    Parameters
+    ----------
+    predictors
+        The members, of the same genes and labels.
+
+    Raises
+    ------
+    CheckpointError
+        If they have others, naming the first difference.
+
+    Examples
+    --------
+    >>> ensemble = Ensemble([load_model(f"tb_logs/tabnet/default/version_{k}") for k in range(5)])  # doctest: +SKIP
+    >>> ensemble.predict_proba(x).shape  # doctest: +SKIP
+    (1000, 164)
+    """
+
+    def __init__(self, predictors: Sequence[Predictor]):
+        self.predictors = list(predictors)
+        for number, other in enumerate(self.predictors[1:], 1):
+            self.predictors[0].check_member(other)
+            if other.path.resolve() in [each.path.resolve() for each in self.predictors[:number]]:
+                raise CheckpointError(f"the checkpoint {other.path} is named twice; the members of an ensemble differ")
+
+    @property
+    def card(self) -> ModelCard:
+        """The first member's card; genes and labels are those of all."""
+        return self.predictors[0].card
+
+    @property
+    def reachability(self) -> np.ndarray:
+        """R (c, c), the first member's."""
+        return self.predictors[0].reachability
+
+    @property
+    def model_type(self) -> str:
+        """The members' kind; "ensemble" if they differ."""
+        kinds = {predictor.model_type for predictor in self.predictors}
+        return kinds.pop() if len(kinds) == 1 else "ensemble"
+
+    @property
+    def title(self) -> str:
+        """Models and losses, for a person."""
+        losses = {predictor.card.loss["use_hierarchical_loss"] for predictor in self.predictors}
+        names = [
+            name for hce, name in ((True, "hierarchical cross entropy"), (False, "cross entropy")) if hce in losses
+        ]
+        count = f"{len(self.predictors)} x " if len(self.predictors) > 1 else ""
+        return f"{count}{self.model_type}, {' and '.join(names)}"
+
+    def predict_proba(self, x: Cells, batch_size: int = 2048) -> Float[np.ndarray, "n c"]:
+        """Return the mean of the members' probabilities; arguments as of :meth:`Predictor.predict_proba`."""
+        return np.mean([predictor.predict_proba(x, batch_size) for predictor in self.predictors], axis=0)
+
+    def predict_batch(self, batch: CellBatch) -> Float[np.ndarray, "n c"]:
+        """Return the mean of the members' probabilities for the real cells of a batch of the input pipeline."""
+        x_bg = _densify(batch)
+        mean = np.mean([np.asarray(predictor.probabilities(x_bg)) for predictor in self.predictors], axis=0)
+        return mean[np.asarray(batch.real)]
+
+
+_densify = jax.jit(densify)
+
+
 def _probabilities(model: nnx.Module, x_bg: Array) -> Float[Array, "b c"]:
     return jax.nn.softmax(model(x_bg)[0])
-
-
-def _probabilities_of_batch(model: nnx.Module, batch: CellBatch) -> Float[Array, "b c"]:
-    return _probabilities(model, densify(batch))
 
 
 def _embedding(model: nnx.Module, x_bg: Array) -> Float[Array, "b h"]:

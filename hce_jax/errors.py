@@ -32,3 +32,7 @@ class CheckpointError(UserError):
 
 class TrainingError(UserError):
     """Training cannot go on: its loss is no longer a number."""
+
+
+class Preempted(Exception):
+    """The process was told to end (SIGTERM). No mistake: what was done is saved before the command says so."""

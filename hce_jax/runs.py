@@ -1,22 +1,117 @@
 """Where runs lie and what is in them: names only, as the published code has them.
 
 {log_dir}/{model_name}[_hierarchical_loss]/default/version_{N}/
-    hparams.yaml  parameters.json  config.json  events.out.tfevents.*
+    hparams.yaml  parameters.json  config.json  events.out.tfevents.*  result.json, once it is finished
     checkpoints/val_f1_macro_epoch={E}_val_f1_macro={F:.3f}.ckpt/
+    checkpoints/last/{step}/                                            for going on
     sctab_test/val_f1_macro_epoch={E}_val_f1_macro={F:.3f}/
 """
 
+import fcntl
+import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from hce_jax.errors import CheckpointError, ConfigError
 
 CONFIG_FILE = "config.json"
+RESULT_FILE = "result.json"
 _CHECKPOINT = re.compile(r"val_f1_macro_epoch=(\d+)_val_f1_macro=([0-9.]+)\.ckpt")
 
 
-def new_run_folder(log_dir: Path, model_name: str, use_hierarchical_loss: bool) -> Path:
+def runs_folder(log_dir: Path, model_name: str, use_hierarchical_loss: bool) -> Path:
+    """Return the folder of all versions of a run.
+
+    Examples
+    --------
+    >>> runs_folder(Path("tb_logs"), "linear", use_hierarchical_loss=True).as_posix()
+    'tb_logs/linear_hierarchical_loss/default'
+    """
+    return log_dir / (model_name + ("_hierarchical_loss" if use_hierarchical_loss else "")) / "default"
+
+
+def version_of(run: Path) -> int:
+    """Return the version of a run.
+
+    Examples
+    --------
+    >>> version_of(Path("tb_logs/linear/default/version_3"))
+    3
+    """
+    return int(run.name.removeprefix("version_"))
+
+
+def versions(parent: Path) -> list[int]:
+    """Return the versions there are, in order.
+
+    Examples
+    --------
+    >>> versions(Path("no/such/folder"))
+    []
+    """
+    if not parent.is_dir():
+        return []
+    return sorted(int(match[1]) for path in parent.iterdir() if (match := re.fullmatch(r"version_(\d+)", path.name)))
+
+
+def find_run(parent: Path, config: Mapping[str, Any]) -> Path | None:
+    """Return the newest run with this very configuration; None if there is none.
+
+    Examples
+    --------
+    >>> find_run(Path("no/such/folder"), {}) is None
+    True
+    """
+    wanted = json.loads(json.dumps(dict(config)))
+    for version in reversed(versions(parent)):
+        run = parent / f"version_{version}"
+        if read_config(run) == wanted:
+            return run
+    return None
+
+
+def read_config(run: Path) -> dict[str, Any] | None:
+    """Return the configuration of a run; None where it has none that can be read.
+
+    Examples
+    --------
+    >>> read_config(Path("no/such/run")) is None
+    True
+    """
+    try:
+        return json.loads((run / CONFIG_FILE).read_text())["config"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+@contextmanager
+def held_run(run: Path) -> Iterator[None]:
+    """Keep other processes from training this run; a killed process lets go of it.
+
+    Raises
+    ------
+    ConfigError
+        If another process trains it.
+
+    Examples
+    --------
+    >>> with held_run(run):  # doctest: +SKIP
+    ...     ...
+    """
+    with (run / CONFIG_FILE).open("r+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConfigError(
+                f"another process is training the run {run}; wait for it, or begin a run of its own with --new_run"
+            ) from error
+        yield
+
+
+def new_run_folder(parent: Path) -> Path:
     """Make the folder of the next version of a run.
 
     Raises
@@ -27,14 +122,12 @@ def new_run_folder(log_dir: Path, model_name: str, use_hierarchical_loss: bool) 
     Examples
     --------
     >>> import tempfile
-    >>> new_run_folder(Path(tempfile.mkdtemp()), "linear", use_hierarchical_loss=True).name
+    >>> new_run_folder(Path(tempfile.mkdtemp())).name
     'version_0'
     """
-    parent = log_dir / (model_name + ("_hierarchical_loss" if use_hierarchical_loss else "")) / "default"
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        versions = [int(match[1]) for path in parent.iterdir() if (match := re.fullmatch(r"version_(\d+)", path.name))]
-        version = max(versions, default=-1) + 1
+        version = max(versions(parent), default=-1) + 1
         while True:
             try:
                 folder = parent / f"version_{version}"
@@ -136,3 +229,25 @@ def id_results_folder(checkpoint: Path) -> Path:
         / "sctab_test"
         / checkpoint.name.removesuffix(".ckpt")
     )
+
+
+def ensemble_results_folder(checkpoints: Sequence[Path]) -> Path:
+    """Return where the ID evaluation of an ensemble is written: beside the runs of its members.
+
+    Raises
+    ------
+    ConfigError
+        If the members are not checkpoints of runs.
+
+    Examples
+    --------
+    >>> runs = [Path(f"linear/default/version_{k}/checkpoints/a.ckpt") for k in (0, 1)]
+    >>> ensemble_results_folder(runs).as_posix()
+    'linear/default/ensemble_0_1/sctab_test'
+    """
+    runs = [checkpoint.parent.parent for checkpoint in checkpoints]
+    if not all(re.fullmatch(r"version_\d+", run.name) for run in runs):
+        raise ConfigError("where the results of these checkpoints belong cannot be told; name a folder: --output_dir")
+    parents = {run.parent for run in runs}
+    names = [str(version_of(run)) if len(parents) == 1 else f"{run.parts[-3]}-{version_of(run)}" for run in runs]
+    return runs[0].parent / f"ensemble_{'_'.join(names)}" / "sctab_test"

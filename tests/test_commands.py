@@ -45,7 +45,7 @@ def trained(store_path):
 def test_training_says_what_it_does_and_what_comes_next(store_path, trained):
     run_folder = store_path / "tb_logs" / "linear_hierarchical_loss" / "default" / "version_0"
     assert "90 training and 23 validation cells, 12 genes, 5 cell types" in trained
-    assert "linear, 65 parameters, hierarchical cross entropy, seed 1" in trained  # 12 x 5 + 5
+    assert "linear, 65 parameters\n" in trained  # 12 x 5 + 5
     assert len(re.findall(r"^epoch +\d+ +train loss [\d.]+ F1 [\d.]+ +val loss", trained, re.MULTILINE)) == 2
     assert f"next        python evaluate.py --split id --run {run_folder}" in trained
 
@@ -54,7 +54,7 @@ def test_evaluation_takes_the_newest_run_and_writes_the_metric_files_beside_it(s
     done = run(store_path.parent, "evaluate.py", "--split", "id", DATA_PATH=str(store_path))
     assert done.returncode == 0, done.stderr
     (folder,) = (store_path / "tb_logs/linear_hierarchical_loss/default/version_0/sctab_test").iterdir()
-    (checkpoint,) = (folder.parents[1] / "checkpoints").iterdir()
+    (checkpoint,) = (folder.parents[1] / "checkpoints").glob("*.ckpt")
     assert folder.name + ".ckpt" == checkpoint.name
     names = {"linear_overall_metrics.csv", "linear_per_class_metrics.csv", "linear_performance_plot.png"}
     assert {path.name for path in folder.iterdir()} == names
@@ -65,7 +65,7 @@ def test_evaluation_takes_the_newest_run_and_writes_the_metric_files_beside_it(s
 
 
 def test_evaluation_of_a_named_checkpoint_into_a_named_folder_with_a_subset(store_path, trained, tmp_path):
-    (checkpoint,) = (store_path / "tb_logs").glob("*/default/version_0/checkpoints/*")
+    (checkpoint,) = (store_path / "tb_logs").glob("*/default/version_0/checkpoints/*.ckpt")
     (tmp_path / "subset.txt").write_text(f"{LABELS[1]}\n4\n")
     done = run(tmp_path, "evaluate.py", f"--checkpoint={checkpoint}", "--output_dir=out", "--subset_labels=subset.txt")
     assert done.returncode == 0, done.stderr
@@ -81,7 +81,7 @@ def test_evaluation_of_a_named_checkpoint_into_a_named_folder_with_a_subset(stor
         (("--config.quux=1",), "no field 'quux'; configs/common.py lists the fields"),
         (("--config.batch_size=many",), "--config.batch_size=many: invalid literal for int()"),
         (("--config.batch_size=91",), "config.batch_size is 91, but the train split has 90 cells"),
-        (("--config.data_path=nowhere",), "the store nowhere does not exist; set DATA_PATH"),
+        (("--config.data_path=nowhere",), "/nowhere does not exist; set DATA_PATH"),
         (("stray",), "unexpected argument 'stray'"),
     ],
 )

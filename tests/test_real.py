@@ -4,6 +4,7 @@ import anndata
 import numpy as np
 import pandas as pd
 import pytest
+from fits import fit_one as fit
 
 from configs import linear_ce, linear_hce
 from hce_jax.checkpoint import load_model
@@ -12,7 +13,6 @@ from hce_jax.evaluation.reports import PUBLISHED_SUBSET, published_subset
 from hce_jax.hierarchy import correct_predictions, validate_reachability
 from hce_jax.preprocess import normalize_log1p
 from hce_jax.store import open_store
-from hce_jax.training import fit
 
 
 def test_the_blood_store_opens_with_the_sizes_its_description_gives(real_dir):

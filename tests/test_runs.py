@@ -10,6 +10,7 @@ from hce_jax.runs import (
     new_run_folder,
     newest_run,
     resolve_checkpoint,
+    runs_folder,
 )
 
 
@@ -21,25 +22,21 @@ def with_checkpoints(run, *names):
 
 
 def test_versions_count_up_and_the_loss_is_in_the_folder_s_name(tmp_path):
-    first, second = (new_run_folder(tmp_path, "linear", use_hierarchical_loss=True) for _ in range(2))
+    first, second = (new_run_folder(runs_folder(tmp_path, "linear", use_hierarchical_loss=True)) for _ in range(2))
     assert first.relative_to(tmp_path).as_posix() == "linear_hierarchical_loss/default/version_0"
     assert second.name == "version_1"
-    assert new_run_folder(tmp_path, "linear", use_hierarchical_loss=False).parts[-3:] == (
-        "linear",
-        "default",
-        "version_0",
-    )
+    assert runs_folder(tmp_path, "linear", use_hierarchical_loss=False) == tmp_path / "linear" / "default"
 
 
 def test_a_version_is_never_used_again(tmp_path):
-    (tmp_path / "linear" / "default" / "version_7").mkdir(parents=True)
-    assert new_run_folder(tmp_path, "linear", use_hierarchical_loss=False).name == "version_8"
+    (tmp_path / "version_7").mkdir(parents=True)
+    assert new_run_folder(tmp_path).name == "version_8"
 
 
 def test_a_place_that_cannot_be_written_is_named_with_the_remedy(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"cannot write the run to \S*file/linear/default .*--config.log_dir"):
-        new_run_folder(tmp_path / "file", "linear", use_hierarchical_loss=False)
+    with pytest.raises(ConfigError, match=r"cannot write the run to \S*file/default .*--config.log_dir"):
+        new_run_folder(tmp_path / "file" / "default")
 
 
 def test_the_best_checkpoint_has_the_highest_f1_and_of_equals_the_earlier_epoch(tmp_path):
@@ -50,7 +47,7 @@ def test_the_best_checkpoint_has_the_highest_f1_and_of_equals_the_earlier_epoch(
 
 
 def test_the_newest_run_is_the_last_started_one_that_has_a_checkpoint(tmp_path):
-    runs = [new_run_folder(tmp_path, name, use_hierarchical_loss=False) for name in ("a", "b", "c")]
+    runs = [new_run_folder(tmp_path / name / "default") for name in ("a", "b", "c")]
     for age, run in enumerate(runs[:2]):
         with_checkpoints(run, checkpoint_name(0, 0.5))
         os.utime(run / "config.json", (100 - age, 100 - age))

@@ -4,11 +4,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hce_jax.checkpoint import Predictor, load_model
-from hce_jax.input import CellBatch, evaluation_batches
+from hce_jax.checkpoint import Ensemble, Predictor, load_model
+from hce_jax.input import CellBatch, DenseBatch, densify, evaluation_batches
 from hce_jax.progress import progress
 from hce_jax.store import Split, open_store
 from hce_jax.training.steps import Evaluation, Objective, evaluate, make_eval_step
@@ -30,27 +31,27 @@ class LabelledPredictions(NamedTuple):
     predictions: Int[np.ndarray, "n"]
 
 
-def predict_split(predictor: Predictor, split: Split, batch_size: int = 2048) -> LabelledPredictions:
+def predict_split(ensemble: Ensemble, split: Split, batch_size: int = 2048) -> LabelledPredictions:
     """Predict the cells of a split, in batches.
 
     Examples
     --------
-    >>> predict_split(load_model(run), open_store(path).split("test")).predictions.shape  # doctest: +SKIP
+    >>> predict_split(Ensemble([load_model(run)]), open_store(path).split("test")).predictions.shape  # doctest: +SKIP
     (3448832,)
     """
     targets, predictions = [], []
-    for batch, probabilities in _predicted_batches(predictor, split, batch_size):
+    for batch, probabilities in _predicted_batches(ensemble, split, batch_size):
         targets.append(batch.targets[batch.real])
         predictions.append(probabilities.argmax(axis=1))
     return LabelledPredictions(np.concatenate(targets), np.concatenate(predictions))
 
 
 def _predicted_batches(
-    predictor: Predictor, split: Split, batch_size: int
+    ensemble: Ensemble, split: Split, batch_size: int
 ) -> Iterator[tuple[CellBatch, Float[np.ndarray, "n c"]]]:
     with progress(evaluation_batches(split, batch_size), -(-split.n_cells // batch_size), split.name) as bar:
         for batch in bar:
-            yield batch, predictor.predict_batch(batch)
+            yield batch, ensemble.predict_batch(batch)
 
 
 def predict(
@@ -84,7 +85,9 @@ def predict(
     (3448832, 164)
     """
     predictor, cells = _open(checkpoint, data_path, split)
-    return np.concatenate([probabilities for _, probabilities in _predicted_batches(predictor, cells, batch_size)])
+    return np.concatenate(
+        [probabilities for _, probabilities in _predicted_batches(Ensemble([predictor]), cells, batch_size)]
+    )
 
 
 def validate(checkpoint: str | Path, data_path: str | Path | None = None, batch_size: int = 2048) -> Evaluation:
@@ -118,9 +121,12 @@ def _evaluate(checkpoint: str | Path, data_path: str | Path | None, split: str, 
         class_weights=jnp.ones(len(predictor.card.labels)),  # evaluation does not weigh
         **predictor.card.loss,
     )
-    eval_step = make_eval_step(predictor.graphdef, objective)
+    eval_step = make_eval_step(predictor.graphdef, [objective])
+    params, stats = jax.tree.map(lambda leaf: leaf[None], (predictor.params, predictor.stats))
     with progress(evaluation_batches(cells, batch_size), -(-cells.n_cells // batch_size), split) as bar:
-        return evaluate(eval_step, predictor.params, predictor.stats, iter(bar))
+        dense = (DenseBatch(densify(batch), batch.targets, batch.real) for batch in bar)
+        [result] = evaluate(eval_step, params, stats, dense)
+    return result
 
 
 def _open(checkpoint: str | Path, data_path: str | Path | None, split: str) -> tuple[Predictor, Split]:

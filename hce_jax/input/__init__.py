@@ -2,7 +2,7 @@
 
 from jax.sharding import NamedSharding
 
-from hce_jax.input.batch import CellBatch, batch_of_values, densify
+from hce_jax.input.batch import CellBatch, DenseBatch, batch_of_values, dense_batch, densify
 from hce_jax.input.pipeline import Hosts, StreamedSplit, batches_per_epoch, evaluation_batches, training_batches
 from hce_jax.input.resident import ResidentSplit
 from hce_jax.input.source import Shuffle
@@ -11,12 +11,14 @@ from hce_jax.store import Split, hold
 __all__ = [
     "PLACES",
     "CellBatch",
+    "DenseBatch",
     "Hosts",
     "ResidentSplit",
     "Shuffle",
     "StreamedSplit",
     "batch_of_values",
     "batches_per_epoch",
+    "dense_batch",
     "densify",
     "evaluation_batches",
     "place_cells",

@@ -3,11 +3,13 @@
 import dataclasses
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
 from hce_jax.errors import ConfigError, StoreError
 from hce_jax.store import LABEL_COLUMN, Block, Entries, Split
@@ -62,6 +64,24 @@ class CellBatch:
     targets: Int[AnyArray, "b"]
     real: Bool[AnyArray, "b"]
     n_genes: int = dataclasses.field(metadata={"static": True})
+
+
+class DenseBatch(NamedTuple):
+    """One batch as the model takes it, of all hosts together; split over all devices by the first axis.
+
+    Attributes
+    ----------
+    x
+        Expression (b, g), sf-log1p.
+    targets
+        Label of each cell (b,), int32.
+    real
+        False for the rows that only fill the last batch up (b,).
+    """
+
+    x: Float[AnyArray, "b g"]
+    targets: Int[AnyArray, "b"]
+    real: Bool[AnyArray, "b"]
 
 
 class Capacity(NamedTuple):
@@ -214,7 +234,7 @@ def _join(parts: Sequence[Sequence[Stream]], dtype: type, n_entries: int, n_rows
 
 
 def densify(batch: CellBatch) -> Float[Array, "b g"]:
-    """Return the expression of a batch, sf-log1p: ``ln(1 + scale * counts) + values``. For use inside a jitted step.
+    """Return the expression of a batch, sf-log1p: ``ln(1 + scale * counts) + values``. For use inside jit.
 
     One cumulative sum and one scatter-add for each stream; see hce_jax.store.packing.
 
@@ -228,6 +248,53 @@ def densify(batch: CellBatch) -> Float[Array, "b g"]:
     n_cells = batch.targets.shape[0]
     counts_bg, values_bg = (_walk(stream, n_cells, batch.n_genes) for stream in (batch.counts, batch.values))
     return jnp.log1p(counts_bg * jnp.asarray(batch.scale)[:, None]) + values_bg
+
+
+def dense_batch(batch: CellBatch, sharding: NamedSharding) -> DenseBatch:
+    """Make a batch dense, each host its own rows on its own devices, and join the hosts' rows to the global batch.
+
+    So the hosts need not agree on the room of their streams, and a step is compiled for one shape only.
+
+    Parameters
+    ----------
+    batch
+        This host's rows, packed, on its devices (:func:`host_sharding`).
+    sharding
+        How the first axis of the global batch is split over the devices of all hosts.
+
+    Examples
+    --------
+    >>> dense_batch(packed, batch_sharding(data_mesh(), 2048)).x.shape  # doctest: +SKIP
+    (2048, 19331)
+    """
+    own = _densify(batch, sharding=host_sharding(sharding))
+    n_hosts = sharding.num_devices // len(sharding.addressable_devices)
+    if n_hosts == 1:
+        return own
+
+    def joined(rows: Array) -> Array:
+        pieces = [shard.data for shard in rows.addressable_shards]
+        return jax.make_array_from_single_device_arrays((n_hosts * len(rows), *rows.shape[1:]), sharding, pieces)
+
+    return jax.tree.map(joined, own)
+
+
+def host_sharding(sharding: NamedSharding) -> NamedSharding:
+    """Return how this host's rows are split over its own devices; with one host, the same sharding.
+
+    Examples
+    --------
+    >>> host_sharding(batch_sharding(data_mesh(), 2048)).num_devices  # doctest: +SKIP
+    8
+    """
+    mesh = sharding.mesh
+    own = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
+    return NamedSharding(Mesh(np.asarray(own), mesh.axis_names, axis_types=mesh.axis_types), sharding.spec)
+
+
+@partial(jax.jit, static_argnames="sharding")
+def _densify(batch: CellBatch, *, sharding: NamedSharding) -> DenseBatch:
+    return jax.lax.with_sharding_constraint(DenseBatch(densify(batch), batch.targets, batch.real), sharding)
 
 
 def _walk(stream: PackedStream, n_cells: int, n_genes: int) -> Float[Array, "b g"]:

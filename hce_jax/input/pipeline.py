@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import grain
+import jax
 from jax.sharding import NamedSharding
 
 from hce_jax.errors import ConfigError
-from hce_jax.input.batch import capacities, check_batch_fits, make_batch
-from hce_jax.input.source import Shuffle, WindowSource, n_shards, plan_windows, training_windows, whole_blocks
+from hce_jax.input.batch import capacities, check_batch_fits, host_sharding, make_batch
+from hce_jax.input.source import Shuffle, WindowSource, n_shards, plan_windows, stretch, training_windows
 from hce_jax.store import Block, Split
 from hce_jax.store.split import n_readers
 
@@ -99,16 +100,21 @@ def training_batches(
     return _batches(cells, batch_size // hosts.count, n_parts)
 
 
-def evaluation_batches(split: Split, batch_size: int, *, n_parts: int = 1) -> grain.IterDataset:
+def evaluation_batches(
+    split: Split, batch_size: int, *, n_parts: int = 1, hosts: Hosts = _ONE_HOST
+) -> grain.IterDataset:
     """One pass in the order of the store that gives every cell once; the last batch is filled up and marked.
+
+    Each host reads a stretch of the split of its own; all give the same number of batches, the last of which may have
+    few cells or none.
 
     Parameters
     ----------
     split
         The cells.
     batch_size
-        Rows b of each batch.
-    n_parts
+        Rows b of each batch, over all hosts: a multiple of their number.
+    n_parts, hosts
         As in :func:`training_batches`.
 
     Returns
@@ -121,23 +127,24 @@ def evaluation_batches(split: Split, batch_size: int, *, n_parts: int = 1) -> gr
     3500032
     """
     blocks_per_window = max(1, _PLAIN_WINDOW // int(split.block_sizes.max()))
-    windows = plan_windows({0: whole_blocks(split.block_sizes)}, blocks_per_window, None)
-    n_batches = -(-split.n_cells // batch_size)
-    cells = _Pass(WindowSource(split, windows, None), batch_size, n_batches, read_ahead=2 * n_readers())
-    return _batches(cells, batch_size, n_parts)
+    n_batches, n_rows = -(-split.n_cells // batch_size), batch_size // hosts.count
+    first = hosts.index * n_batches * n_rows
+    windows = plan_windows({0: stretch(split.block_sizes, first, first + n_batches * n_rows)}, blocks_per_window, None)
+    cells = _Pass(WindowSource(split, windows, None), n_rows, n_batches, read_ahead=2 * n_readers())
+    return _batches(cells, n_rows, n_parts)
 
 
 class StreamedSplit:
-    """The cells of a split, read for each pass and put on the devices ahead of their use.
+    """The cells of a split, read for each pass and put on the devices ahead of their use, by each host on its own.
 
     Parameters
     ----------
     split
         Where they are read: in a store, or held in memory.
     batch_size
-        Cells b of each batch, a multiple of the number of devices.
+        Cells b of each batch over all hosts, a multiple of the number of devices.
     sharding
-        How the first axis of every array of a batch is split over the devices.
+        How the first axis of every array of a batch is split over the devices of all hosts.
 
     Examples
     --------
@@ -147,22 +154,25 @@ class StreamedSplit:
     """
 
     def __init__(self, split: Split, batch_size: int, sharding: NamedSharding):
-        self._split, self._batch_size, self._sharding = split, batch_size, sharding
+        self._split, self._batch_size = split, batch_size
+        self._own_devices = host_sharding(sharding)
+        self._hosts = Hosts(jax.process_index(), jax.process_count())
 
     def training_batches(self, shuffle: Shuffle, shuffle_window: int) -> grain.IterDataset:
-        """Give the batches of :func:`training_batches`, on the devices."""
-        n_parts = self._sharding.num_devices
+        """Give this host's rows of the batches of :func:`training_batches`, on its devices."""
+        n_parts = self._own_devices.num_devices
         return self._on_devices(
-            training_batches(self._split, self._batch_size, shuffle, shuffle_window, n_parts=n_parts)
+            training_batches(self._split, self._batch_size, shuffle, shuffle_window, n_parts=n_parts, hosts=self._hosts)
         )
 
     def evaluation_batches(self) -> grain.IterDataset:
-        """Give the batches of :func:`evaluation_batches`, on the devices."""
-        return self._on_devices(evaluation_batches(self._split, self._batch_size, n_parts=self._sharding.num_devices))
+        """Give this host's rows of the batches of :func:`evaluation_batches`, on its devices."""
+        n_parts = self._own_devices.num_devices
+        return self._on_devices(evaluation_batches(self._split, self._batch_size, n_parts=n_parts, hosts=self._hosts))
 
     def _on_devices(self, batches: grain.IterDataset) -> grain.IterDataset:
         # No buffer on the host: the batches are prefetched there already.
-        return grain.experimental.device_put(batches, self._sharding, cpu_buffer_size=0, device_buffer_size=2)
+        return grain.experimental.device_put(batches, self._own_devices, cpu_buffer_size=0, device_buffer_size=2)
 
 
 def _batches(cells: "_Pass", n_rows: int, n_parts: int) -> grain.IterDataset:
@@ -234,7 +244,8 @@ class _PassIterator(grain.DatasetIterator):
             self.set_state(self.get_state())  # or the window that could not be read would be passed over
             raise
         self._next_batch += 1
-        return [piece for held in self._held.values() for piece in _take(held, begin, end)]
+        pieces = [piece for held in self._held.values() for piece in _take(held, begin, end)]
+        return pieces or [self._pass.source.split.read_block(0).slice(0, 0)]  # other hosts have cells yet
 
     def close(self) -> None:
         self._windows.close()

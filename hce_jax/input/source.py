@@ -86,26 +86,28 @@ def deal(block_sizes: np.ndarray, n_shards: int) -> list[Int[np.ndarray, "m 3"]]
     [[[2, 0, 4], [0, 0, 6]], [[0, 6, 8], [1, 0, 8]]]
     """
     blocks = np.random.default_rng(_DEALING_SEED).permutation(len(block_sizes))
+    bounds = [shard * int(block_sizes.sum()) // n_shards for shard in range(n_shards + 1)]
+    return [_cut(blocks, block_sizes, low, high) for low, high in itertools.pairwise(bounds)]
+
+
+def _cut(blocks: np.ndarray, block_sizes: np.ndarray, low: int, high: int) -> np.ndarray:
+    """Cut the cells from position low to high out of the sequence of the cells of blocks."""
     ends = np.cumsum(block_sizes[blocks])
     starts = ends - block_sizes[blocks]
-    bounds = [shard * int(ends[-1]) // n_shards for shard in range(n_shards + 1)]
-    dealt = []
-    for low, high in itertools.pairwise(bounds):
-        own = np.flatnonzero((starts < high) & (ends > low))
-        first, last = np.maximum(low, starts[own]) - starts[own], np.minimum(high, ends[own]) - starts[own]
-        dealt.append(np.stack([blocks[own], first, last], axis=1))
-    return dealt
+    own = np.flatnonzero((starts < high) & (ends > low))
+    first, last = np.maximum(low, starts[own]) - starts[own], np.minimum(high, ends[own]) - starts[own]
+    return np.stack([blocks[own], first, last], axis=1)
 
 
-def whole_blocks(block_sizes: np.ndarray) -> Int[np.ndarray, "m 3"]:
-    """Return all blocks as the pieces of one shard, in the order of the store.
+def stretch(block_sizes: np.ndarray, low: int, high: int) -> Int[np.ndarray, "m 3"]:
+    """Return the cells from position ``low`` to ``high`` of a split as pieces of blocks, in the order of the store.
 
     Examples
     --------
-    >>> whole_blocks(np.array([8, 4])).tolist()
-    [[0, 0, 8], [1, 0, 4]]
+    >>> stretch(np.array([8, 4]), 6, 100).tolist()
+    [[0, 6, 8], [1, 0, 4]]
     """
-    return np.stack([np.arange(len(block_sizes)), np.zeros_like(block_sizes), block_sizes], axis=1)
+    return _cut(np.arange(len(block_sizes)), block_sizes, low, high)
 
 
 def plan_windows(

@@ -1,8 +1,10 @@
 """Checks of a run's configuration; ``configs/common.py`` has the fields with their meanings and units."""
 
+import itertools
 import math
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -17,14 +19,18 @@ _TYPES: dict[str, type] = {
     **dict.fromkeys(("data_path", "class_weights_filename", "cells_in", "model_type", "precision", "mask_type",
                      "log_dir", "model_name"), str),
     **dict.fromkeys(("sub_sample_frac", "dropout", "gamma", "momentum", "lambda_sparse", "epsilon", "learning_rate",
-                     "weight_decay", "lr_scheduler_gamma", "gradient_clip_val"), float),
+                     "weight_decay", "lr_scheduler_gamma", "gradient_clip_val", "checkpoint_every_minutes"), float),
     **dict.fromkeys(("use_hierarchical_loss", "augment_training_data"), bool),
     **dict.fromkeys(("data_seed", "shuffle_window", "hidden_size", "n_hidden", "n_d", "n_a", "n_steps", "n_independent",
                      "n_shared", "virtual_batch_size", "lr_scheduler_step_size", "batch_size", "max_epochs",
-                     "early_stopping_patience", "seed", "save_top_k", "checkpoint_interval", "log_every_n_steps"), int),
+                     "early_stopping_patience", "seed", "save_top_k", "checkpoint_interval", "log_every_n_steps",
+                     "profile_steps"), int),
+    **dict.fromkeys(("seeds", "losses"), tuple),
 }  # fmt: skip
 _POSITIVE = ("learning_rate", "lr_scheduler_gamma")
-_NOT_NEGATIVE = ("weight_decay", "gradient_clip_val", "epsilon")
+_NOT_NEGATIVE = ("weight_decay", "gradient_clip_val", "epsilon", "checkpoint_every_minutes", "profile_steps")
+#: Names of the losses in a configuration, and use_hierarchical_loss for each.
+_LOSSES = {"ce": False, "hce": True}
 _SEEDS = ("seed", "data_seed")
 _AT_LEAST_ONE = (
     "batch_size",
@@ -62,13 +68,45 @@ def resolve_config(config: Any) -> ConfigDict:
         raise ConfigError(f"a configuration is a ConfigDict, not {type(config).__name__}; see configs/linear_hce.py")
     check_config(config.to_dict())
     config = ConfigDict(config.to_dict())
-    if not config.data_path:
-        config.data_path = str(builtin_atlas())
+    if config.data_path:
+        config.data_path = str(Path(config.data_path).expanduser().absolute())
+    else:
+        config.data_path = str(builtin_atlas().absolute())
         for name, (published, small) in _BUILTIN_RECIPE.items():
             if config[name] == published:
                 config[name] = small
                 print(f"on the simulated atlas {name} is {small}, not the published {published:,}")
     return config
+
+
+def member_configs(config: ConfigDict) -> list[ConfigDict]:
+    """Return the configuration of each model that is trained: as if it were trained alone.
+
+    Without ``seeds`` and ``losses`` that is one; with them, one for each loss and seed.
+
+    Examples
+    --------
+    >>> from configs import common
+    >>> config = common.get_config()
+    >>> config.seeds, config.losses = (3, 4), ("ce", "hce")
+    >>> [(member.use_hierarchical_loss, member.seed) for member in member_configs(config)]
+    [(False, 3), (False, 4), (True, 3), (True, 4)]
+    """
+    losses = [_LOSSES[name] for name in config.losses] or [config.use_hierarchical_loss]
+    members = []
+    for use_hierarchical_loss, seed in itertools.product(losses, config.seeds or (config.seed,)):
+        member = ConfigDict(config.to_dict())
+        member.update(seeds=(), losses=(), seed=seed, use_hierarchical_loss=use_hierarchical_loss)
+        members.append(member)
+    return members
+
+
+def _is_seed(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**32
+
+
+def _differ(values: tuple[Any, ...]) -> bool:
+    return len(set(values)) == len(values)
 
 
 def check_config(config: Mapping[str, Any]) -> None:
@@ -100,7 +138,9 @@ def check_config(config: Mapping[str, Any]) -> None:
     for names, accepts, rule in (
         (_POSITIVE, lambda value: 0 < value < math.inf, "above 0 and finite"),
         (_NOT_NEGATIVE, lambda value: 0 <= value < math.inf, "0 or more and finite"),
-        (_SEEDS, lambda value: 0 <= value < 2**32, "0 or more and below 2^32"),
+        (_SEEDS, _is_seed, "0 or more and below 2^32"),
+        (("seeds",), lambda value: all(map(_is_seed, value)) and _differ(value), "different seeds, each below 2^32"),
+        (("losses",), lambda value: set(value) <= {*_LOSSES} and _differ(value), "'ce', 'hce' or both, each once"),
         (_AT_LEAST_ONE, lambda value: 1 <= value < 2**31, "1 or more and below 2^31"),
         (("sub_sample_frac",), lambda value: 0 < value <= 1, "above 0 and at most 1"),
         (("precision",), lambda value: value in ("auto", *PRECISIONS), f"one of auto, {', '.join(PRECISIONS)}"),

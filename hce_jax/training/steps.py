@@ -1,18 +1,19 @@
 """One step of training and of evaluation: pure functions of arrays, jitted."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import NamedSharding
 
 from hce_jax.hierarchy import correct_predictions
-from hce_jax.input import CellBatch, densify
+from hce_jax.input import DenseBatch
 from hce_jax.losses import cross_entropy, hierarchical_cross_entropy
 from hce_jax.metrics import class_counts, f1_from_counts
 from hce_jax.training.augment import augment
@@ -24,21 +25,21 @@ _Item = TypeVar("_Item")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that a step changes: arrays only, so that it can be jitted, sharded and saved.
+    """All that a step changes, of e members that are trained together: arrays only, to be jitted, sharded and saved.
 
     Attributes
     ----------
     step
-        Steps taken.
+        Steps taken, by all members alike.
     params
-        Parameters of the model.
+        Parameters of the model; the first axis of each is that of the members.
     stats
         Its other variables: running statistics of batch norms.
     opt_state
         State of the optimiser.
     """
 
-    step: Int[Array, ""]
+    step: Int[AnyArray, ""]
     params: nnx.State
     stats: nnx.State
     opt_state: optax.OptState
@@ -82,11 +83,11 @@ class Objective:
 
 
 class StepMetrics(NamedTuple):
-    """What a training step tells: loss, global norm of the gradients before clipping, counts of its cells (3, c)."""
+    """What a step tells of each member: loss, norm of the gradients before clipping, counts of its cells (e, 3, c)."""
 
-    loss: Float[Array, ""]
-    grad_norm: Float[Array, ""]
-    counts: Int[Array, "3 c"]
+    loss: Float[AnyArray, "e"]
+    grad_norm: Float[AnyArray, "e"]
+    counts: Int[AnyArray, "e 3 c"]
 
 
 class Evaluation(NamedTuple):
@@ -97,92 +98,174 @@ class Evaluation(NamedTuple):
     f1_micro: float
 
 
-def init_state(model: nnx.Module, optimizer: optax.GradientTransformation) -> tuple[nnx.GraphDef, TrainState]:
-    """Split a new model into its structure and the state of step 0.
+def init_state(
+    models: Sequence[nnx.Module], optimizer: optax.GradientTransformation
+) -> tuple[nnx.GraphDef, TrainState]:
+    """Split new models, one for each member, into their common structure and the state of step 0.
 
     Examples
     --------
-    >>> graphdef, state = init_state(model, optimizer)  # doctest: +SKIP
+    >>> graphdef, state = init_state([model], optimizer)  # doctest: +SKIP
     """
-    graphdef, params, stats = nnx.split(model, nnx.Param, ...)
-    return graphdef, TrainState(jnp.zeros((), jnp.int32), params, stats, optimizer.init(params))
+    graphdef, *_ = nnx.split(models[0], nnx.Param, ...)
+    params, stats = jax.tree.map(
+        lambda *leaves: jnp.stack(leaves), *(tuple(nnx.split(model, nnx.Param, ...)[1:]) for model in models)
+    )
+    return graphdef, TrainState(jnp.zeros((), jnp.int32), params, stats, jax.vmap(optimizer.init)(params))
+
+
+def state_arrays(state: TrainState) -> dict[str, Any]:
+    """Return the arrays of a state under names, as they are saved.
+
+    Examples
+    --------
+    >>> list(state_arrays(state))[:2]  # doctest: +SKIP
+    ['step', 'params.linear.bias.value']
+    """
+    return {_name_of(path): leaf for path, leaf in jax.tree.leaves_with_path(state)}
+
+
+def state_of_arrays(arrays: Mapping[str, AnyArray], like: TrainState) -> TrainState:
+    """Return the state with these arrays: the reverse of :func:`state_arrays`, given a state of the same form.
+
+    Raises
+    ------
+    ValueError
+        If the arrays are not those of such a state.
+
+    Examples
+    --------
+    >>> state_of_arrays(state_arrays(state), state).step == state.step  # doctest: +SKIP
+    True
+    """
+    expected = state_arrays(like)
+    for name in sorted({*expected, *arrays}):
+        shapes = [each[name].shape if name in each else "not there" for each in (arrays, expected)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"{name} is {shapes[0]}, not {shapes[1]}")
+    return jax.tree.map_with_path(lambda path, _: arrays[_name_of(path)], like)
+
+
+def _name_of(path: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
 def make_train_step(
     graphdef: nnx.GraphDef,
-    objective: Objective,
+    objectives: Sequence[Objective],
     optimizer: optax.GradientTransformation,
-    key: Key[Array, ""],
+    keys: Key[Array, "e"],
     augmentations: Float[Array, "a g"] | None = None,
-) -> Callable[[TrainState, CellBatch], tuple[TrainState, StepMetrics]]:
+    replicated: NamedSharding | None = None,
+) -> Callable[[TrainState, DenseBatch], tuple[TrainState, StepMetrics]]:
     """Return the jitted training step, (state, batch) -> (state, metrics); it consumes the state it is given.
 
-    Every row of a training batch is a real cell. Random numbers of step n come from ``key`` folded with n, so the state
-    carries no generator. With ``augmentations`` each cell is moved along one of these vectors. The metrics count
-    corrected predictions, as published.
+    All members see the same cells, and nothing else of each other: each has its objective, and its random numbers of
+    step n come from its key folded with n, so the state carries no generator. Every row of a training batch is a real
+    cell. With ``augmentations`` each cell is moved along one of these vectors. The metrics count corrected predictions,
+    as published.
+
+    Parameters
+    ----------
+    graphdef
+        Structure of the model.
+    objectives, keys
+        Of each member.
+    optimizer
+        Of each member, too.
+    augmentations
+        None: no augmentation.
+    replicated
+        How the result lies on the devices of a mesh.
 
     Examples
     --------
-    >>> train_step = make_train_step(graphdef, objective, optimizer, jax.random.key(0))  # doctest: +SKIP
+    >>> train_step = make_train_step(graphdef, [objective], optimizer, jax.random.split(key, 1))  # doctest: +SKIP
     >>> state, metrics = train_step(state, batch)  # doctest: +SKIP
     """
-    n_types = objective.reachability.shape[0]
 
-    def train_step(state: TrainState, batch: CellBatch, augmentations: Array | None) -> tuple[TrainState, StepMetrics]:
-        augment_key, model_key = jax.random.split(jax.random.fold_in(key, state.step))
-        x_bg = densify(batch)
-        if augmentations is not None:
-            x_bg = augment(x_bg, augmentations, augment_key)
-
-        def loss_of(params: nnx.State) -> tuple[Array, tuple[Array, nnx.State]]:
+    def train_step(state: TrainState, batch: DenseBatch, augmentations: Array | None) -> tuple[TrainState, StepMetrics]:
+        def apply_member(params: nnx.State, stats: nnx.State, key: Array) -> tuple[Array, Array, nnx.State]:
+            augment_key, model_key = jax.random.split(jax.random.fold_in(key, state.step))
+            x_bg = jnp.asarray(batch.x)
+            if augmentations is not None:
+                x_bg = augment(x_bg, augmentations, augment_key)
             # A copy, made inside the trace: the model updates its statistics in place.
-            model = nnx.merge(graphdef, params, state.stats, copy=True)
+            model = nnx.merge(graphdef, params, stats, copy=True)
             logits_bc, auxiliary_b = model(x_bg, train=True, key=model_key)
-            loss = objective.training_loss(logits_bc, batch.targets) + auxiliary_b.mean()
-            return loss, (logits_bc, nnx.state(model, nnx.Not(nnx.Param)))
+            return logits_bc, auxiliary_b.mean(), nnx.state(model, nnx.Not(nnx.Param))
 
-        (loss, (logits_bc, stats)), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        def loss_of(params: nnx.State) -> tuple[Array, tuple[Array, Array, nnx.State]]:
+            logits_ebc, auxiliary_e, stats = jax.vmap(apply_member)(params, state.stats, keys)
+            members = zip(objectives, logits_ebc, strict=True)
+            losses_e = jnp.stack([own.training_loss(logits_bc, batch.targets) for own, logits_bc in members])
+            losses_e += auxiliary_e
+            return losses_e.sum(), (losses_e, logits_ebc, stats)  # a member's gradient is that of its own summand
+
+        (_, (losses_e, logits_ebc, stats)), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+        updates, opt_state = jax.vmap(optimizer.update)(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        corrected_b = correct_predictions(batch.targets, jnp.argmax(logits_bc, axis=1), objective.reachability)
-        counts = class_counts(batch.targets, corrected_b, n_types, batch.real)
-        metrics = StepMetrics(loss, optax.tree.norm(grads), counts)
+        counts = _corrected_counts(objectives[0], logits_ebc, batch)
+        metrics = StepMetrics(losses_e, jax.vmap(optax.tree.norm)(grads), counts)
         return TrainState(state.step + 1, params, stats, opt_state), metrics
 
     # The vectors are an argument: as a constant of the program they would be compiled into it, hundreds of megabytes.
-    return partial(jax.jit(train_step, donate_argnums=0), augmentations=augmentations)
+    return partial(
+        jax.jit(train_step, donate_argnums=0, out_shardings=replicated),
+        augmentations=augmentations,
+    )
 
 
 class _BatchEvaluation(NamedTuple):
-    loss_sum: Float[Array, ""]
-    counts: Int[Array, "3 c"]
+    loss_sum: Float[Array, "e"]
+    counts: Int[Array, "e 3 c"]
 
 
-EvalStep = Callable[[nnx.State, nnx.State, CellBatch], _BatchEvaluation]
+EvalStep = Callable[[nnx.State, nnx.State, DenseBatch], _BatchEvaluation]
 
 
-def make_eval_step(graphdef: nnx.GraphDef, objective: Objective) -> EvalStep:
-    """Return the jitted evaluation of one batch, (params, stats, batch) -> sums over its real cells.
+def make_eval_step(
+    graphdef: nnx.GraphDef, objectives: Sequence[Objective], replicated: NamedSharding | None = None
+) -> EvalStep:
+    """Return the jitted evaluation of one batch, (params, stats, batch) -> each member's sums over its real cells.
 
     As published: the F1 compares corrected predictions with the labels; the loss, without class weights, is taken
     against corrected targets (the prediction, where it is a descendant of the label).
 
+    Parameters
+    ----------
+    graphdef, objectives, replicated
+        As in :func:`make_train_step`.
+
     Examples
     --------
-    >>> eval_step = make_eval_step(graphdef, objective)  # doctest: +SKIP
+    >>> eval_step = make_eval_step(graphdef, [objective])  # doctest: +SKIP
     """
-    n_types = objective.reachability.shape[0]
 
-    def eval_step(params: nnx.State, stats: nnx.State, batch: CellBatch) -> _BatchEvaluation:
-        logits_bc, auxiliary_b = nnx.merge(graphdef, params, stats)(densify(batch))
-        predictions_b = jnp.argmax(logits_bc, axis=1)
-        corrected_b = correct_predictions(batch.targets, predictions_b, objective.reachability)
-        corrected_targets_b = jnp.where(corrected_b == batch.targets, predictions_b, batch.targets)
-        losses_b = objective.evaluation_losses(logits_bc, corrected_targets_b) + auxiliary_b
-        loss_sum = jnp.sum(losses_b, where=batch.real)
-        return _BatchEvaluation(loss_sum, class_counts(batch.targets, corrected_b, n_types, batch.real))
+    def eval_step(params: nnx.State, stats: nnx.State, batch: DenseBatch) -> _BatchEvaluation:
+        apply_member = jax.vmap(lambda params, stats: nnx.merge(graphdef, params, stats)(batch.x))
+        logits_ebc, auxiliary_eb = apply_member(params, stats)
+        members = zip(objectives, logits_ebc, auxiliary_eb, strict=True)
+        losses_e = [_loss_sum(own, logits_bc, auxiliary_b, batch) for own, logits_bc, auxiliary_b in members]
+        return _BatchEvaluation(jnp.stack(losses_e), _corrected_counts(objectives[0], logits_ebc, batch))
 
-    return jax.jit(eval_step)
+    return jax.jit(eval_step, out_shardings=replicated)
+
+
+def _loss_sum(objective: Objective, logits_bc: Array, auxiliary_b: Array, batch: DenseBatch) -> Float[Array, ""]:
+    predictions_b = jnp.argmax(logits_bc, axis=1)
+    corrected_b = correct_predictions(batch.targets, predictions_b, objective.reachability)
+    corrected_targets_b = jnp.where(corrected_b == batch.targets, predictions_b, batch.targets)
+    losses_b = objective.evaluation_losses(logits_bc, corrected_targets_b) + auxiliary_b
+    return jnp.sum(losses_b, where=batch.real)
+
+
+def _corrected_counts(objective: Objective, logits_ebc: Array, batch: DenseBatch) -> Int[Array, "e 3 c"]:
+    def counts_of(logits_bc: Array) -> Array:
+        corrected_b = correct_predictions(batch.targets, jnp.argmax(logits_bc, axis=1), objective.reachability)
+        return class_counts(batch.targets, corrected_b, objective.reachability.shape[0], batch.real)
+
+    return jax.vmap(counts_of)(logits_ebc)
 
 
 def one_late(items: Iterable[_Item]) -> Iterator[_Item]:
@@ -203,30 +286,33 @@ def one_late(items: Iterable[_Item]) -> Iterator[_Item]:
     yield from earlier
 
 
-def evaluate(eval_step: EvalStep, params: nnx.State, stats: nnx.State, batches: Iterable[CellBatch]) -> Evaluation:
-    """Evaluate a model on all batches of a split; counts are exact whatever the batches.
+def evaluate(
+    eval_step: EvalStep, params: nnx.State, stats: nnx.State, batches: Iterable[DenseBatch]
+) -> list[Evaluation]:
+    """Evaluate the members on all batches of a split; counts are exact whatever the batches.
 
     Parameters
     ----------
     eval_step
         From :func:`make_eval_step`.
     params, stats
-        The model's variables.
+        The models' variables, their first axis that of the members.
     batches
         Each cell once, the last batch filled up.
 
     Examples
     --------
-    >>> evaluate(eval_step, state.params, state.stats, batches).f1_macro  # doctest: +SKIP
+    >>> evaluate(eval_step, state.params, state.stats, batches)[0].f1_macro  # doctest: +SKIP
     0.812
     """
     results = [
-        (float(result.loss_sum), np.asarray(result.counts, np.int64))
-        for result in one_late(eval_step(params, stats, batch) for batch in batches)
+        jax.tree.map(np.asarray, result) for result in one_late(eval_step(params, stats, batch) for batch in batches)
     ]
-    loss_sum = sum(loss for loss, _ in results)
-    counts = np.sum([counts for _, counts in results], axis=0)
-    n_cells = int(counts[2].sum())
-    return Evaluation(
-        loss_sum / n_cells, float(f1_from_counts(counts, "macro")), float(f1_from_counts(counts, "micro"))
-    )
+    loss_sums = np.sum([result.loss_sum.astype(np.float64) for result in results], axis=0)
+    counts = np.sum([result.counts.astype(np.int64) for result in results], axis=0)
+    return [
+        Evaluation(
+            float(loss_sum / own[2].sum()), float(f1_from_counts(own, "macro")), float(f1_from_counts(own, "micro"))
+        )
+        for loss_sum, own in zip(loss_sums, counts, strict=True)
+    ]

@@ -12,8 +12,8 @@ from hce_jax.input.source import (
     deal,
     n_shards,
     plan_windows,
+    stretch,
     training_windows,
-    whole_blocks,
 )
 
 
@@ -158,7 +158,9 @@ def test_a_window_can_be_read_on_its_own_in_any_order_and_has_the_cells_that_wer
     split = coded_split([8, 3, 8, 8, 1, 5, 7])
     sizes = split.block_sizes
     windows = (
-        plan_windows({0: whole_blocks(sizes)}, 2, None) if shuffle is None else training_windows(sizes, 4, 20, shuffle)
+        plan_windows({0: stretch(sizes, 0, int(sizes.sum()))}, 2, None)
+        if shuffle is None
+        else training_windows(sizes, 4, 20, shuffle)
     )
     planned = cells_of_windows(split.block_sizes, windows, shuffle)
     source = WindowSource(split, windows, shuffle)

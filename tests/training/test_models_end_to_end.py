@@ -4,13 +4,13 @@ import jax
 import numpy as np
 import pytest
 import scipy.sparse as sp
+from fits import fit_one as fit
 from stores import N_GENES, N_TYPES, expression, write_tiny_store
 
 from configs import linear_hce, mlp_ce, mlp_hce, tabnet_ce, tabnet_hce
 from hce_jax import evaluation
 from hce_jax.checkpoint import load_model
 from hce_jax.errors import CheckpointError, ConfigError, StoreError
-from hce_jax.training import fit
 
 SMALL = {
     "mlp": {"hidden_size": 16, "n_hidden": 2},

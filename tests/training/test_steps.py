@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from hce_jax.input import batch_of_values
+from hce_jax.input import DenseBatch
 from hce_jax.training.optim import published_optimizer
 from hce_jax.training.steps import Objective, init_state, make_train_step, one_late
 
@@ -27,15 +27,15 @@ def test_a_step_s_random_numbers_come_from_seed_and_step_alone():
 
     objective = Objective(jnp.eye(2), jnp.ones(2), use_hierarchical_loss=False, epsilon=None)
     optimizer = published_optimizer(lambda step: 0.0, weight_decay=0.0, gradient_clip_val=0.0)
-    batch = batch_of_values(np.ones((4, 3), np.float32), np.array([0, 1, 0, 1]))
+    batch = DenseBatch(np.ones((4, 3), np.float32), np.array([0, 1, 0, 1]), np.ones(4, bool))
 
     def losses(seed):
-        graphdef, state = init_state(Noisy(), optimizer)
-        step = make_train_step(graphdef, objective, optimizer, jax.random.key(seed))
+        graphdef, state = init_state([Noisy()], optimizer)
+        step = make_train_step(graphdef, [objective], optimizer, jax.random.key(seed)[None])
         found = []
         for _ in range(3):
             state, metrics = step(state, batch)
-            found.append(float(metrics.loss))
+            found.append(float(metrics.loss[0]))
         return found
 
     assert losses(0) == losses(0)

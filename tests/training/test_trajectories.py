@@ -1,7 +1,5 @@
 """Twelve training steps of each model, and the validation of what they arrive at, as published."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +8,7 @@ from flax import nnx
 from networks import golden_config, golden_model, under
 
 from hce_jax.hierarchy import correct_predictions
-from hce_jax.input import batch_of_values
+from hce_jax.input import DenseBatch
 from hce_jax.models import model_config
 from hce_jax.torch_import import params_from_state_dict
 from hce_jax.training.optim import published_optimizer, step_schedule
@@ -33,7 +31,7 @@ def batch_of(x, targets, n_filler=0):
     """A batch whose last rows only fill it up."""
     x = np.concatenate([x, np.full((n_filler, x.shape[1]), 7, np.float32)])
     targets = np.concatenate([targets, np.zeros(n_filler, int)])
-    return dataclasses.replace(batch_of_values(x, targets), real=np.arange(len(x)) < len(x) - n_filler)
+    return DenseBatch(x, targets.astype(np.int32), np.arange(len(x)) < len(x) - n_filler)
 
 
 def irreproducible(path):
@@ -67,22 +65,23 @@ def check_trajectory(golden, model_type):
     model, objective = golden_model(golden, model_type), objective_of(golden)
     schedule = step_schedule(config["lr"], config["lr_gamma"], config["lr_step_size_epochs"], config["steps_per_epoch"])
     optimizer = published_optimizer(schedule, config["weight_decay"], config["clip_norm"])
-    graphdef, state = init_state(model, optimizer)
-    step = make_train_step(graphdef, objective, optimizer, jax.random.key(0))
+    graphdef, state = init_state([model], optimizer)
+    step = make_train_step(graphdef, [objective], optimizer, jax.random.key(0)[None])
     found = []
     for index in range(config["epochs"] * config["steps_per_epoch"]):
         at = index % config["steps_per_epoch"]
         state, metrics = step(state, batch_of(arrays["x"][at], arrays["targets"][at]))
-        found.append((metrics.loss, metrics.grad_norm, schedule(index)))
+        found.append((metrics.loss[0], metrics.grad_norm[0], schedule(index)))
         if index == 0:
             right = int((arrays["step0_corrected_preds"] == arrays["targets"][0]).sum())
-            assert int(metrics.counts[0].sum()) == right
+            assert int(metrics.counts[0, 0].sum()) == right
     losses, norms, rates = map(np.asarray, zip(*found, strict=True))
     np.testing.assert_allclose(losses, arrays["losses"], atol=1e-5, rtol=0)
     np.testing.assert_allclose(norms, arrays["grad_norm"], rtol=1e-4)
     np.testing.assert_allclose(rates, arrays["lr"], rtol=1e-6)
     for variables in (state.params, state.stats):
-        check_arranged(golden, model_type, variables, "params_final/", FINAL_TOLERANCE[model_type])
+        own = jax.tree.map(lambda leaf: leaf[0], variables)
+        check_arranged(golden, model_type, own, "params_final/", FINAL_TOLERANCE[model_type])
 
 
 def check_first_gradient(golden, model_type):
@@ -105,10 +104,11 @@ def check_validation(golden, model_type):
     predictions = np.asarray(logits).argmax(1)
     corrected = correct_predictions(arrays["val_targets"], predictions, arrays["child_matrix"])
     np.testing.assert_array_equal(corrected, arrays["val_corrected_preds"])
-    step = make_eval_step(graphdef, objective_of(golden))
+    step = make_eval_step(graphdef, [objective_of(golden)])
     x, targets = arrays["val_x"], arrays["val_targets"]
     batches = [batch_of(x[:-4], targets[:-4]), batch_of(x[-4:], targets[-4:], n_filler=len(x) - 8)]
-    result = evaluate(step, params, stats, batches)
+    params, stats = jax.tree.map(lambda leaf: leaf[None], (params, stats))
+    [result] = evaluate(step, params, stats, batches)
     np.testing.assert_allclose(result.loss, arrays["val_loss"], atol=2e-5)
     assert result.f1_micro == pytest.approx((corrected == targets).mean(), abs=1e-7)
 
