@@ -13,7 +13,7 @@ from ml_collections import config_flags
 from hce_jax import command
 from hce_jax.errors import Preempted, UserError
 from hce_jax.training import fit
-from hce_jax.training.hosts import connect, say
+from hce_jax.training.hosts import connect, leaving, say
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run's configuration, a file in configs/.")
 _NEW_RUN = flags.DEFINE_bool("new_run", False, "Begin a new run, though one with this configuration is there.")
@@ -33,13 +33,15 @@ def main() -> None:
         raise UserError("--new_run and --resume_from exclude each other; give one of them")
     connect(_COORDINATOR.value, _N_PROCESSES.value, _PROCESS.value)
     try:
-        results = fit(_CONFIG.value, new_run=_NEW_RUN.value, resume_from=_RESUME_FROM.value)
+        with leaving():
+            results = fit(_CONFIG.value, new_run=_NEW_RUN.value, resume_from=_RESUME_FROM.value)
     except Preempted as told:
         say(str(told))
         return
     for result in results:
         if result.test is not None:
-            say(f"test        macro F1 {result.test.f1_macro:.4f}, micro F1 {result.test.f1_micro:.4f}")
+            which = f"{result.run.parts[-3]}/{result.run.name}  " if len(results) > 1 else ""
+            say(f"test        {which}macro F1 {result.test.f1_macro:.4f}, micro F1 {result.test.f1_micro:.4f}")
     runs = ",".join(shlex.quote(str(result.run)) for result in results)
     say(f"next        python evaluate.py --split id --run {runs}")
 

@@ -11,11 +11,15 @@ import shlex
 import sys
 from collections.abc import Callable
 from difflib import get_close_matches
+from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 from hce_jax import command
 from hce_jax.errors import ConfigError
 from hce_jax.store import convert
+
+#: How a flag begins that changes a field of the configuration.
+_CHANGE = "--config."
 
 
 class Verb(NamedTuple):
@@ -28,7 +32,7 @@ class Verb(NamedTuple):
     describe
         Adds its description and its arguments to a parser.
     run
-        Does it.
+        Does it. Where there is an argument ``config``, it is the configuration, with changed fields.
     """
 
     purpose: str
@@ -80,8 +84,48 @@ def _convert(arguments: argparse.Namespace) -> None:
     print(f"next        DATA_PATH={shlex.quote(str(done.store))} python train.py --config configs/tabnet_hce.py")
 
 
+def _describe_find_lr(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Find a learning rate, as the published estimator does: train for some steps at ever higher ones, and suggest "
+        "the one where the loss, smoothed, falls most steeply. Look at the plot too: on either side of the suggestion "
+        "the loss should fall. No run is begun and no checkpoint written."
+    )
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        required=True,
+        help="the configuration, a file in configs/; --config.field=value changes a field of it, as for train.py",
+    )
+    parser.add_argument("--min-lr", type=float, default=1e-8, metavar="LR", help="the first one; 1e-8 if not given")
+    parser.add_argument("--max-lr", type=float, default=1.0, metavar="LR", help="the last one; 1 if not given")
+    parser.add_argument("--num-training", type=int, default=100, metavar="N", help="steps; 100 if not given")
+    parser.add_argument(
+        "--plot", type=Path, metavar="PATH", help="the picture to write; find_lr_MODEL.png here if not given"
+    )
+
+
+def _find_lr(arguments: argparse.Namespace) -> None:
+    from hce_jax.training import find_lr  # takes seconds, which the other verbs do not need
+    from hce_jax.training.config import check_config
+
+    config, n_steps = arguments.config, arguments.num_training
+    check_config(config.to_dict())
+    plot = arguments.plot or Path(f"find_lr_{config.model_type}.png")
+    find_lr.check_plot_path(plot)
+    found = find_lr.find_learning_rate(config, arguments.min_lr, arguments.max_lr, n_steps)
+    find_lr.learning_rate_plot(found, plot, config.model_type)
+    n_taken, diverged = len(found.rates), ": then the loss diverged" if len(found.rates) < n_steps else ""
+    print(f"steps       {n_taken:,} of {n_steps:,}, learning rate up to {found.rates[-1]:.1e}{diverged}")
+    if found.suggestion is None:
+        print("suggested   none: too few steps to see where the loss falls; lower --min-lr, or look for unusual values")
+    else:
+        print(f"suggested   --config.learning_rate={found.suggestion:.1e}")
+    print(f"plot        {plot}")
+
+
 VERBS = {
     "convert": Verb("make a fast cell store of a store in the published format", _describe_convert, _convert),
+    "find-lr": Verb("suggest a learning rate for a configuration", _describe_find_lr, _find_lr),
 }
 
 
@@ -104,14 +148,29 @@ def main() -> None:
             raise ConfigError(f"{problem}; there is {', '.join(near)} (see python -m hce_jax --help)")
         parser = _Parser(prog=f"python -m hce_jax {name}", allow_abbrev=False)
         VERBS[name].describe(parser)
-        VERBS[name].run(parser.parse_args(arguments))
+        VERBS[name].run(_parsed(parser, arguments))
 
 
 def _hyphened(arguments: list[str]) -> tuple[str, list[str]]:
     verb, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
     flags = [each.partition("=") for each in rest]
-    rest = [f.replace("_", "-") + eq + value if f.startswith("--") else f + eq + value for f, eq, value in flags]
+    rest = [f.replace("_", "-") + eq + value if _is_own_flag(f) else f + eq + value for f, eq, value in flags]
     return verb.replace("_", "-"), rest
+
+
+def _is_own_flag(name: str) -> bool:
+    return name.startswith("--") and not name.startswith(_CHANGE)
+
+
+def _parsed(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:
+    """Parse; where the verb has --config, give the configuration in place of its file."""
+    changes = [each for each in arguments if each.startswith(_CHANGE)]
+    parsed = parser.parse_args([each for each in arguments if each not in changes])
+    if "config" in parsed:
+        parsed.config = command.read_config(parsed.config, changes)
+    elif changes:
+        parser.error(f"unrecognized arguments: {' '.join(changes)}")
+    return parsed
 
 
 if __name__ == "__main__":

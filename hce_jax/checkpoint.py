@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import itertools
+import logging
 import shutil
 import sys
 import warnings
@@ -31,6 +32,8 @@ from hce_jax.typing import Array, Float, Precision, resolve_precision
 Cells: TypeAlias = Any
 
 FORMAT_VERSION = 1
+#: What the user can do something about, in the long text of a library.
+_CAUSES = ("No space left on device", "Disk quota exceeded", "Permission denied", "Read-only file system")
 #: Names of states that are being replaced, and of checkpoints that are being deleted.
 _NEW, _REPLACED, _DELETED = ".new", ".replaced", ".deleted-"
 NORMALISATION = "sf-log1p: counts scaled to 10,000 a cell over these genes, then ln(1 + x)"
@@ -79,6 +82,10 @@ class ModelCard:
     format_version: int = FORMAT_VERSION
 
 
+# Orbax logs every error, with a traceback of each of its threads, before it raises it.
+logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname or record.levelno < logging.ERROR)
+
+
 @contextmanager
 def _orbax_errors(problem: str) -> Iterator[None]:
     """Turn an error of Orbax into a CheckpointError, and clear away what Orbax leaves behind.
@@ -90,7 +97,8 @@ def _orbax_errors(problem: str) -> Iterator[None]:
         yield
         return
     except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        known = next((what for what in _CAUSES if what in str(error)), None)
+        reason = known or (str(error).splitlines()[0][:200] if str(error) else type(error).__name__)
     hook = sys.unraisablehook
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -130,7 +138,7 @@ def save_model(path: Path, card: ModelCard, reachability: np.ndarray, params: nn
         "stats": nnx.to_pure_dict(stats),
         "reachability": np.asarray(reachability, np.float32),
     }
-    with _orbax_errors(f"the checkpoint {path} could not be written"), _all_hosts():
+    with _orbax_errors(f"the checkpoint {path} could not be written"):
         ocp.save_checkpointables(path.absolute(), {"model": arrays}, custom_metadata=dataclasses.asdict(card))
 
 
@@ -155,7 +163,7 @@ def save_state(path: Path, arrays: Mapping[str, np.ndarray], about: Mapping[str,
     """
     metadata = {"about": dict(about), "checksums": {name: _checksum(array) for name, array in arrays.items()}}
     new = path.with_name(f"{path.name}{_NEW}")
-    with _orbax_errors(f"the checkpoint {path} could not be written"), _all_hosts():
+    with _orbax_errors(f"the checkpoint {path} could not be written"):
         ocp.save_checkpointables(new.absolute(), {"state": dict(arrays)}, custom_metadata=metadata)
     if jax.process_index() == 0:
         replaced = path.with_name(f"{path.name}{_REPLACED}")
@@ -205,7 +213,7 @@ def state_about(path: Path) -> dict[str, Any]:
     >>> state_about(run / "checkpoints" / "last" / "1200")["epoch"]  # doctest: +SKIP
     3
     """
-    with _orbax_errors(f"the checkpoint {path} is damaged"), _all_hosts():
+    with _orbax_errors(f"the checkpoint {path} is damaged"):
         return ocp.checkpointables_metadata(path.absolute()).custom_metadata["about"]
 
 
@@ -221,7 +229,7 @@ def load_state(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     --------
     >>> arrays, about = load_state(run / "checkpoints" / "last" / "1200")  # doctest: +SKIP
     """
-    with _orbax_errors(f"the checkpoint {path} is damaged"), _all_hosts():
+    with _orbax_errors(f"the checkpoint {path} is damaged"):
         metadata = ocp.checkpointables_metadata(path.absolute()).custom_metadata
         arrays = ocp.load_checkpointables(path.absolute())["state"]
         checksums, about = metadata["checksums"], metadata["about"]
@@ -234,17 +242,6 @@ def load_state(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 
 def _checksum(array: np.ndarray) -> str:
     return f"{array.dtype} {array.shape} {xxhash.xxh3_64_hexdigest(array.tobytes())}"
-
-
-@contextmanager
-def _all_hosts() -> Iterator[None]:
-    """Have the hosts wait for each other through the coordinator: saves run beside the steps, so not by the devices."""
-    if jax.process_count() == 1:
-        yield
-        return
-    everyone = ocp.options.MultiprocessingOptions(active_processes=set(range(jax.process_count())))
-    with ocp.Context(multiprocessing_options=everyone):
-        yield
 
 
 def delete_checkpoint(path: Path) -> None:
@@ -550,7 +547,7 @@ def load_model(path: str | Path, precision: Precision | None = None) -> Predicto
         )
     )
     graphdef, params, stats = nnx.split(model, nnx.Param, ...)
-    on_device = SingleDeviceSharding(jax.devices()[0])
+    on_device = SingleDeviceSharding(jax.local_devices()[0])
     abstract = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=on_device),
         {

@@ -4,10 +4,13 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 from absl import flags
+from ml_collections import ConfigDict, config_flags
 
 from hce_jax.errors import ConfigError, UserError
 
@@ -24,17 +27,9 @@ def run(main: Callable[[], None]) -> None:
     ...     run(main)
     """
     logging.getLogger("absl").setLevel(logging.WARNING)
-    try:
-        with exit_codes():
-            _parse_flags()
-            main()
-    except SystemExit as end:
-        if end.code != INTERRUPTED:
-            raise
-        # At once: threads that read ahead may be inside native code, which Python's own way to end would crash.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(INTERRUPTED)
+    with exit_codes():
+        _parse_flags()
+        main()
 
 
 @contextmanager
@@ -63,25 +58,72 @@ def exit_codes() -> Iterator[None]:
         sys.exit(2)
     except KeyboardInterrupt as interrupt:
         print(str(interrupt) or "interrupted", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        # At once: threads that read ahead may be inside native code, which Python's own way to end would crash.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(INTERRUPTED)
 
 
 def _parse_flags() -> None:
     if {"--help", "-h", "-help"} & set(sys.argv[1:]):
         print(sys.modules["__main__"].__doc__, flags.FLAGS.main_module_help(), sep="\n")
         sys.exit(0)
-    try:
+    with _configuration_mistakes():
         rest = flags.FLAGS(sys.argv)[1:]
         if "config" in flags.FLAGS:
-            getattr(flags.FLAGS.config, "to_dict", None)  # only now ml_collections tells that a file was not readable
+            _check_readable(flags.FLAGS.config)
+    if rest:
+        raise ConfigError(f"unexpected argument {rest[0]!r}; flags are written --name=value (see --help)")
+
+
+def read_config(path: str, changes: Sequence[str]) -> ConfigDict:
+    """Read a configuration file, and change fields of it as ``--config FILE --config.field=value`` does.
+
+    Parameters
+    ----------
+    path
+        The Python file; its ``get_config()`` gives the configuration.
+    changes
+        ``--config.field=value`` each.
+
+    Raises
+    ------
+    ConfigError
+        If the file cannot be read, or has no such field.
+
+    Examples
+    --------
+    >>> read_config("configs/linear_hce.py", ["--config.batch_size=4096"]).batch_size  # doctest: +SKIP
+    4096
+    """
+    arguments = ["", f"--config={path}", *changes]
+    values = flags.FlagValues()
+    config = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=arguments)
+    sys.path.append(str(Path(path).absolute().parent.parent))  # a file in configs/ imports others from configs
+    with _configuration_mistakes():
+        values(arguments)
+        _check_readable(config.value)
+    if not isinstance(config.value, ConfigDict):
+        raise ConfigError(
+            f"get_config() of {path} returns a {type(config.value).__name__}; it must return a ConfigDict"
+        )
+    return config.value
+
+
+def _check_readable(config: Any) -> None:
+    getattr(config, "to_dict", None)  # only now ml_collections tells that a file was not readable
+
+
+@contextmanager
+def _configuration_mistakes() -> Iterator[None]:
+    try:
+        yield
     except flags.Error as error:
         raise ConfigError(str(error)) from error
     except (AttributeError, KeyError) as error:  # ml_collections: an override of a field that the configuration lacks
         raise ConfigError(_unknown_field(str(error))) from error
     except Exception as error:  # a user's own configuration file may raise anything
         raise ConfigError(f"the configuration file cannot be read: {type(error).__name__}: {error}") from error
-    if rest:
-        raise ConfigError(f"unexpected argument {rest[0]!r}; flags are written --name=value (see --help)")
 
 
 def _unknown_field(message: str) -> str:

@@ -312,12 +312,13 @@ class Attention(nnx.Module):
 
 
 def _each_part(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Apply a function of the rows of one part to (v, n, ...): one part after the other on a CPU, else all at once.
+    """Apply a function of the rows of one part to (v, n, ...): one after the other on a lone CPU, else all at once.
 
     On a CPU the arrays of one part stay in the cache, and the backward pass computes them again from the thresholds of
-    the masks instead of writing and reading those of the whole batch.
+    the masks instead of writing and reading those of the whole batch. Where the parts lie on several devices, to take
+    one after the other would bring all of them to each.
     """
-    if jax.default_backend() != "cpu":
+    if jax.default_backend() != "cpu" or jax.device_count() > 1:
         return jax.vmap(function)
     policy = jax.checkpoint_policies.save_only_these_names(THRESHOLD)
     recomputed = jax.checkpoint(function, policy=policy)

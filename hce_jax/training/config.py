@@ -68,9 +68,10 @@ def resolve_config(config: Any) -> ConfigDict:
         raise ConfigError(f"a configuration is a ConfigDict, not {type(config).__name__}; see configs/linear_hce.py")
     check_config(config.to_dict())
     config = ConfigDict(config.to_dict())
-    if config.data_path:
-        config.data_path = str(Path(config.data_path).expanduser().absolute())
-    else:
+    for name in ("data_path", "log_dir"):  # a run is known by its configuration, wherever the command is given
+        if config[name]:
+            config[name] = str(Path(config[name]).expanduser().absolute())
+    if not config.data_path:
         config.data_path = str(builtin_atlas().absolute())
         for name, (published, small) in _BUILTIN_RECIPE.items():
             if config[name] == published:

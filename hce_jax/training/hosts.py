@@ -2,18 +2,25 @@
 
 import os
 import signal
+import socket
+import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from hce_jax.errors import ConfigError, Preempted
+from hce_jax.errors import ConfigError, Preempted, UserError
 
 #: Steps from one moment at which hosts agree to the next: agreeing waits for the devices.
 _AGREE_EVERY = 20
+#: Seconds that the hosts wait for each other at the start.
+_PATIENCE = 300
+#: Seconds after which a host that failed ends, if the others have not failed too: they may be waiting for it.
+_LEAVE_AFTER = 5
 
 
 def connect(coordinator_address: str | None, num_processes: int | None, process_id: int | None) -> None:
@@ -34,7 +41,8 @@ def connect(coordinator_address: str | None, num_processes: int | None, process_
     Raises
     ------
     ConfigError
-        If only some of the three are known, or the others are not met.
+        If only some of the three are known, one of them is impossible, or the port is in use. If the hosts do not all
+        meet in five minutes, the process ends with the same line and exit code as for such an error.
 
     Examples
     --------
@@ -51,17 +59,71 @@ def connect(coordinator_address: str | None, num_processes: int | None, process_
         )
     if not any(known) and os.environ.get("SLURM_NTASKS", "1") == "1" and not _on_cloud_tpu():
         return
-    if all(known) and not 0 <= index < count:  # type: ignore[operator]
-        raise ConfigError(f"--process_id={index} is not below --num_processes={count}; they are counted from 0")
+    if all(known):
+        _check_place(address, count, index)  # type: ignore[arg-type]
+    where = (
+        f"process {index} of {count} did not meet the others at {address}" if all(known) else "the hosts did not meet"
+    )
+    remedy = "start all of them with the same address and count, each with a --process_id of its own"
+    jax.config.update("jax_enable_preemption_service", False)  # it would keep SIGTERM from Preemption
+    # Where JAX gives up waiting it aborts, with pages of C++, so this is done before.
+    giving_up = _end_later(_PATIENCE, 2, f"error: {where} in {_PATIENCE} seconds; {remedy}\n")
     try:
-        jax.distributed.initialize(address, count, index)
+        jax.distributed.initialize(address, count, index, initialization_timeout=2 * _PATIENCE)
     except (ValueError, RuntimeError) as error:
         if not any(known):
             return  # a Slurm allocation without a step, a TPU machine of its own: one host
+        raise ConfigError(f"{where}: {error}; {remedy}") from error
+    finally:
+        giving_up.cancel()
+
+
+def _check_place(address: str, count: int, index: int) -> None:
+    """Check what JAX answers with a crash."""
+    if not 0 <= index < count:
+        raise ConfigError(f"--process_id={index} is not below --num_processes={count}; they are counted from 0")
+    port = address.rpartition(":")[2]
+    if ":" not in address or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise ConfigError(f"--coordinator_address={address} is not of the form host:port")
+    if index == 0:
+        try:
+            socket.create_connection(("localhost", int(port)), timeout=1).close()
+        except OSError:
+            return  # nobody is there, as it should be
         raise ConfigError(
-            f"process {index} of {count} did not meet the others at {address}: {error}; start all of them with the "
-            "same address and count"
-        ) from error
+            f"port {port} of this machine is in use, by another process with --process_id=0 or another program; give "
+            "all processes another --coordinator_address"
+        )
+
+
+@contextmanager
+def leaving() -> Iterator[None]:
+    """Leave the other hosts soon where the block fails on this one; JAX itself would keep all waiting for minutes.
+
+    Examples
+    --------
+    >>> with leaving():
+    ...     pass
+    """
+    try:
+        yield
+    except BaseException as error:
+        if jax.process_count() > 1:
+            _end_later(_LEAVE_AFTER, 2 if isinstance(error, UserError) else 1)
+        raise
+
+
+def _end_later(seconds: float, code: int, message: str = "") -> threading.Timer:
+    """End the process whatever it is doing then, unless the timer is cancelled before."""
+
+    def end() -> None:
+        print(message, end="", file=sys.stderr, flush=True)
+        os._exit(code)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    return timer
 
 
 def _from_environment(name: str) -> int | None:

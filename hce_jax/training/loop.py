@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
+from hce_jax.errors import ConfigError
 from hce_jax.runs import held_run, runs_folder, version_of
 from hce_jax.store import open_store
 from hce_jax.training.config import member_configs, resolve_config
@@ -78,12 +79,14 @@ def fit(config: ConfigDict, *, new_run: bool = False, resume_from: int | None = 
     """
     config = resolve_config(config)
     store = open_store(config.data_path)
-    log_dir = Path(config.log_dir).expanduser() if config.log_dir else store.side.path / "tb_logs"
+    log_dir = Path(config.log_dir) if config.log_dir else store.side.path / "tb_logs"
     members = [
         Member(own, runs_folder(log_dir, own.model_name, own.use_hierarchical_loss)) for own in member_configs(config)
     ]
     if not new_run:
         _use_runs(members, on_first(lambda: [member.find_run() for member in members], len(members)))
+    if resume_from is not None and any(member.run is None for member in members):
+        raise ConfigError("there is no run with this configuration to go on with; begin one without --resume_from")
     unfinished = [member for member in members if member.result is None]
     for member in members:
         if member not in unfinished:
@@ -92,6 +95,8 @@ def fit(config: ConfigDict, *, new_run: bool = False, resume_from: int | None = 
         trainer = Trainer([member.config for member in unfinished], store)
         with ExitStack() as held:
             _hold_runs(unfinished, trainer, held)
+            for member in unfinished:
+                held.callback(member.close)
             _go_on(unfinished, trainer, resume_from)
             with Preemption() as preemption, Saver() as saver:
                 Session(trainer, unfinished, saver, preemption).run()
@@ -109,6 +114,8 @@ def _hold_runs(members: Sequence[Member], trainer: Trainer, held: ExitStack) -> 
     def hold() -> list[int]:
         for member in members:
             if member.run is None:
+                if len(members) == 1 and (unlike := member.unlike_newest()):
+                    say(f"new run     {unlike}")
                 member.use_run(member.new_run(trainer.hyper_parameters(member.config)))
             held.enter_context(held_run(member.folder))
         return [version_of(member.folder) for member in members]

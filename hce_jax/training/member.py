@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
-from tensorboardX import SummaryWriter
 
 from hce_jax.checkpoint import (
     ModelCard,
@@ -23,9 +22,9 @@ from hce_jax.checkpoint import (
 )
 from hce_jax.errors import CheckpointError, ConfigError
 from hce_jax.files import written_aside
-from hce_jax.runs import RESULT_FILE, checkpoint_name, find_run, new_run_folder, version_of
+from hce_jax.runs import RESULT_FILE, checkpoint_name, find_run, new_run_folder, read_config, version_of, versions
 from hce_jax.training.hosts import is_first
-from hce_jax.training.logging import write_description
+from hce_jax.training.logging import ScalarWriter, write_description
 from hce_jax.training.progress import Progress
 from hce_jax.training.steps import Evaluation, TrainState, state_arrays
 
@@ -57,9 +56,10 @@ class Member:
         self.config, self._parent = config, parent
         self.run: Path | None = None
         self.progress = Progress(config)
-        self.writer: SummaryWriter | None = None
+        self.writer: ScalarWriter | None = None
         #: The names of the checkpoints that each save counts on.
         self._counted_on: dict[int, list[str]] = {}
+        self._result: dict[str, Any] | None = None
 
     # --- its run
 
@@ -67,6 +67,16 @@ class Member:
         """Return the newest version with this very configuration; -1 if there is none."""
         run = find_run(self._parent, self.config.to_dict())
         return -1 if run is None else version_of(run)
+
+    def unlike_newest(self) -> str:
+        """Say in which fields the configuration differs from that of the newest run; nothing if there is none."""
+        for version in reversed(versions(self._parent)):
+            theirs = read_config(self._parent / f"version_{version}")
+            if theirs is not None:
+                ours = json.loads(json.dumps(self.config.to_dict()))
+                fields = [name for name in ours if name not in theirs or ours[name] != theirs[name]]
+                return f"unlike version_{version} in {', '.join(fields)}" if fields else ""
+        return ""
 
     def new_run(self, hyper_parameters: Mapping[str, Any]) -> int:
         """Begin a run; return its version."""
@@ -94,7 +104,9 @@ class Member:
     def result(self) -> dict[str, Any] | None:
         """What a finished run has come to."""
         path = self.run / RESULT_FILE if self.run else None
-        return json.loads(path.read_text()) if path and path.exists() else None
+        if self._result is None and path and path.exists():
+            self._result = json.loads(path.read_text())
+        return self._result
 
     @property
     def best_checkpoint(self) -> Path:
@@ -162,7 +174,17 @@ class Member:
                 self._counted_on[earlier] = [name for _, name in state_about(self._save_path(earlier))["best"]]
         self._delete_checkpoints()
         again = any(self.folder.glob("events.out.tfevents.*"))
-        self.writer = SummaryWriter(str(self.folder), purge_step=step if again else None)
+        self.writer = ScalarWriter(self.folder, purge_step=step if again else None)
+
+    def flush(self) -> None:
+        """Bring what was written to TensorBoard to the disk."""
+        if self.writer is not None:
+            self.writer.flush()
+
+    def close(self) -> None:
+        """Write to TensorBoard no more."""
+        if self.writer is not None:
+            self.writer.close()
 
     def save(self, state: TrainState, progress: Mapping[str, Any], card: ModelCard | None, reach: np.ndarray) -> None:
         """Write a state (without the axis of members) and progress; with a card, its model as a checkpoint, too."""
@@ -184,18 +206,19 @@ class Member:
 
     def finish(self, test: Evaluation | None) -> None:
         """Leave the best checkpoints only, and say in result.json that the run is finished."""
-        if not is_first():
-            return
-        result = {
+        self._result = {  # on all hosts: none waits for the file
             "checkpoint": self.best_checkpoint.name,
             "val_f1_macro": self.progress.best.score,
             "epochs": self.progress.epoch,
             "test": None if test is None else test._asdict(),
         }
-        with written_aside(self.folder / RESULT_FILE) as aside:
-            aside.write_text(json.dumps(result, indent=2))
+        if not is_first():
+            return
+        self.flush()
         self._counted_on = {0: [name for _, name in self.progress.best.kept]}
         self._delete_checkpoints()
+        with written_aside(self.folder / RESULT_FILE) as aside:  # last: nobody looks after a finished run
+            aside.write_text(json.dumps(self._result, indent=2))
 
     def _save_path(self, step: int) -> Path:
         return self._checkpoints / "last" / str(step)

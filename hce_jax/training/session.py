@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from hce_jax.checkpoint import ModelCard
-from hce_jax.errors import Preempted, TrainingError
+from hce_jax.errors import CheckpointError, Preempted, TrainingError
 from hce_jax.progress import progress
 from hce_jax.training.hosts import Preemption, say
 from hce_jax.training.logging import epoch_line, log_epoch, log_step, log_test
@@ -56,8 +56,14 @@ class Saver:
 
     def wait(self) -> None:
         """Wait until all is written; raise what writing raised."""
-        if self._writing is not None:
+        if self._writing is None:
+            return
+        try:
             self._writing.result()
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{error}; once this is mended, the same command goes on from the save before"
+            ) from error
 
 
 class Session:
@@ -202,7 +208,6 @@ class Session:
             say(f"best        {member.best_checkpoint} (validation macro F1 {best.score:.4f})")
             if member.writer is not None:
                 log_test(member.writer, self._trainer.steps_per_epoch * member.progress.epoch, best.score, test)
-                member.writer.close()
             member.finish(test)
         if going:
             self._trainer.keep(going)
@@ -221,8 +226,7 @@ class Session:
         if not self._step or now == self._saved:
             return
         for member in self._members:
-            if member.writer is not None:
-                member.writer.flush()
+            member.flush()
         states = self._trainer.states()
         written = [
             (
@@ -232,6 +236,8 @@ class Session:
             for member, state, card in zip(self._members, states, cards or [None] * len(states), strict=True)
         ]
         self._saver.write(partial(_write, written))
+        if jax.process_count() > 1:  # Orbax lets the hosts speak by the devices, which must not meet a step that does
+            self._saver.wait()
         self._saved, self._saved_at = now, time.monotonic()
 
 

@@ -8,6 +8,7 @@ import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 from ml_collections import ConfigDict
 from tqdm import tqdm
@@ -52,6 +53,8 @@ class Trainer:
         The checked configuration of each member; they differ in seed and loss only.
     store
         Where the cells are.
+    schedule
+        Learning rate by step; that of the configuration if not given.
 
     Attributes
     ----------
@@ -64,7 +67,7 @@ class Trainer:
         If they do not fit together.
     """
 
-    def __init__(self, configs: Sequence[ConfigDict], store: Store):
+    def __init__(self, configs: Sequence[ConfigDict], store: Store, schedule: optax.Schedule | None = None):
         self.configs, self.store = list(configs), store
         self.config = config = self.configs[0]
         side = store.side
@@ -78,7 +81,7 @@ class Trainer:
         if config.model_type == "tabnet":
             check_ghost_batches(config.batch_size, config.virtual_batch_size, mesh.size)
         self.precision = resolve_precision(config.precision)
-        self.schedule = step_schedule(
+        self.schedule = schedule or step_schedule(
             config.learning_rate, config.lr_scheduler_gamma, config.lr_scheduler_step_size, self.steps_per_epoch
         )
         self._optimizer = published_optimizer(self.schedule, config.weight_decay, config.gradient_clip_val)
