@@ -11,6 +11,7 @@ the two runs are compared bit for bit; the exit code is 1 if anything differs.
 import argparse
 import json
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -104,7 +105,7 @@ def kill(process: subprocess.Popen[str], log_dir: Path, rng: random.Random, in_a
     reader.join()
     if ended:
         return None
-    step = next((line.split("step ")[1].split(",")[0] for line in said if line.startswith("goes on")), "0")
+    step = next((match[1] for line in said if (match := re.search(r"^goes on .* from step ([\d,]+), in", line))), "0")
     left = ", ".join(sorted({path.name.split(".orbax")[0] + " half" for path in half_written(log_dir)}))
     return f"step {step:>7}  {after:>8.2f}  {'yes' if in_a_save else 'no':<13}  {left or 'nothing half'}"
 

@@ -133,8 +133,8 @@ def range_test(rates: Float[np.ndarray, "m"], losses: Iterable[float]) -> Learni
     Examples
     --------
     >>> found = range_test(rising_rates(1e-4, 1.0, 40), [3.0] * 20 + [1.0] * 20)
-    >>> found.suggestion == found.rates[20]
-    True
+    >>> round(found.suggestion, 4)
+    0.0126
     """
     means: list[float] = []
     weighted, lowest = 0.0, math.inf

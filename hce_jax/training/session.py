@@ -140,7 +140,7 @@ class Session:
                 if self._preemption.check(self._step, self._save_due()) and self._step % n_steps:
                     self._save()
                 now = time.perf_counter()
-                if not bar.disable and now - shown > _REFRESH_SECONDS:
+                if not bar.disable and now - shown > _REFRESH_SECONDS and self._step - epoch * n_steps > first + 1:
                     rate = (self._step - epoch * n_steps - first) * config.batch_size / (now - began)
                     bar.set_postfix_str(f"{self._so_far()}, {rate:,.0f} cells/s", refresh=False)
                     shown = now

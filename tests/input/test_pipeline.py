@@ -120,6 +120,32 @@ def test_hosts_that_cannot_share_a_batch_equally_are_an_error():
             training_batches(split, batch_size, Shuffle(0, 0), 40, hosts=Hosts(0, n_hosts))
 
 
+@pytest.mark.parametrize("n_hosts", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("block_sizes", "batch_size"),
+    [
+        pytest.param(BLOCKS, 20, id="90 cells in 5 batches: the last host has fewer"),
+        pytest.param([8, 8, 7], 20, id="23 cells in 2 batches: the last of four hosts has none"),
+        pytest.param([3], 64, id="3 cells in a batch: all but the first host have none"),
+        pytest.param([8] * 5, 40, id="40 cells in a whole batch"),
+        pytest.param([1], 4, id="a single cell"),
+    ],
+)
+def test_the_hosts_evaluate_every_cell_once_and_each_gives_as_many_batches(block_sizes, batch_size, n_hosts):
+    n_cells, n_rows, seen = sum(block_sizes), batch_size // n_hosts, []
+    for host in range(n_hosts):
+        batches = list(evaluation_batches(coded_split(block_sizes), batch_size, hosts=Hosts(host, n_hosts)))
+        assert len(batches) == -(-n_cells // batch_size)
+        for batch in batches:
+            assert batch.targets.shape == batch.real.shape == (n_rows,)
+            x, n_real = rows_of(batch), int(batch.real.sum())
+            assert batch.real[:n_real].all()
+            assert not x[n_real:].any()
+            check_rows(x[:n_real], batch.targets[:n_real], len(seen) + np.arange(n_real))
+            seen += range(len(seen), len(seen) + n_real)
+    assert len(seen) == n_cells
+
+
 # --- reading
 
 

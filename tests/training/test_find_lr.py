@@ -116,6 +116,13 @@ def test_the_suggestion_of_curves_worked_by_hand(falls, steepest):
     assert found.suggestion == rates[steepest]
 
 
+@pytest.mark.parametrize(("steps", "suggests"), [(3, False), (12, False), (13, True)])
+def test_a_slope_needs_two_means_that_count(steps, suggests):
+    found = range_test(rising_rates(1e-6, 1.0, 40), [1.0] * (steps - 1) + [1e6] * 5)
+    assert len(found.rates) == steps
+    assert (found.suggestion is not None) == suggests
+
+
 def test_no_loss_is_asked_for_after_the_end():
     taken = iter([1.0] * 20 + [1e6] + [1.0] * 20)
     assert len(range_test(rising_rates(1e-6, 1.0, 41), taken).rates) == 21
