@@ -164,13 +164,20 @@ def models_of(run: Path) -> dict[str, Any]:
 
 
 def points_of(run: Path) -> dict[Any, Any]:
-    """Return TensorBoard's points by tag and step, as TensorBoard reads them: later ones stand for earlier ones."""
+    """Return the values of TensorBoard's points by tag and step: one each, where killed processes' points are void.
+
+    Those of the test at the end are there twice if the kill fell between them and result.json.
+    """
     points: dict[Any, Any] = {}
-    for path in sorted(run.glob("events.out.tfevents.*"), key=lambda path: path.stat().st_mtime_ns):
-        for event in events(path.read_bytes()):
+    files = [events(path.read_bytes()) for path in run.glob("events.out.tfevents.*")]
+    for file in sorted(filter(None, files), key=lambda file: file[0].wall_time):
+        for event in file:
             if event.HasField("session_log"):
                 points = {key: value for key, value in points.items() if key[1] < event.step}
-            points.update({(value.tag, event.step): value.simple_value for value in event.summary.value})
+            for value in event.summary.value:
+                key = (value.tag, event.step)
+                earlier = [] if value.tag == "hp_metric" or value.tag.startswith("test_") else points.get(key, [])
+                points[key] = [*earlier, value.simple_value]
     return points
 
 

@@ -1,7 +1,5 @@
 import json
 import struct
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -208,38 +206,6 @@ def test_epsilon_zero_is_the_exact_loss(store_path, tmp_path):
     corrected = correct_predictions(targets, p.argmax(axis=1), reach)
     mass = (p * reach[np.where(corrected == targets, p.argmax(axis=1), targets)]).sum(axis=1)
     assert evaluation.test(result.run).loss == pytest.approx(-np.log(mass).mean(), abs=1e-6)
-
-
-TWO_DEVICES = """
-import sys, numpy as np
-sys.path[:0] = sys.argv[3:]
-import jax
-from test_loop import fit, small, weights
-from configs import linear_ce
-from hce_jax.errors import ConfigError
-assert jax.device_count() == 2
-try:
-    fit(small(linear_ce, sys.argv[1], log_dir=sys.argv[2] + ".logs", batch_size=31))
-except ConfigError as error:
-    assert "config.batch_size is 31, which does not divide by the 2 devices" in str(error), error
-else:
-    raise AssertionError("31 cells were shared between 2 devices")
-np.save(sys.argv[2], weights(fit(small(linear_ce, sys.argv[1], log_dir=sys.argv[2] + ".logs"))))
-"""
-
-
-def test_two_devices_train_the_same_model_as_one_and_refuse_an_odd_batch(
-    store_path, tmp_path, monkeypatch, pytestconfig
-):
-    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
-    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    root = pytestconfig.rootpath
-    paths = [str(root), str(root / "tests"), str(root / "tests" / "training")]
-    out = tmp_path / "weights.npy"
-    subprocess.run([sys.executable, "-c", TWO_DEVICES, str(store_path), str(out), *paths], check=True)
-    # Cross entropy, since HCE's gradient for a cell labelled with the root is rounding noise, which Adam scales up.
-    one = weights(fit(small(linear_ce, store_path, log_dir=str(tmp_path))))
-    np.testing.assert_allclose(np.load(out), one, atol=1e-6)
 
 
 def test_labels_and_cl_ids_travel_with_the_checkpoint(result):

@@ -32,7 +32,7 @@ def store_path(tmp_path_factory):
 def config_of(store_path, log_dir, module=linear_hce, **changes):
     config = module.get_config()
     config.update(data_path=str(store_path), log_dir=str(log_dir), batch_size=30, max_epochs=3, learning_rate=0.05)
-    config.update(n_hidden=2, hidden_size=8, log_every_n_steps=1, save_top_k=2, augment_training_data=False)
+    config.update(n_hidden=2, hidden_size=8, log_every_n_steps=1, save_top_k=1, augment_training_data=False)
     config.update({"checkpoint_every_minutes": 1e-9, **changes})  # a save after every step
     return config
 
@@ -53,14 +53,19 @@ EVENTS = ((Trainer, "step"), (Trainer, "validate"), (Trainer, "test"), (checkpoi
           (Path, "rename"), (shutil, "rmtree"), (member, "written_aside"))  # fmt: skip
 
 
-def killed_at(monkeypatch, number):
-    """Have the event of this number, and all after it, raise; return the list of the events."""
-    events = []
+def killed_at(monkeypatch, number, log_dir):
+    """Have the event of this number, and all after it, raise.
+
+    Returns the list of the events, and how much of TensorBoard's files was on the disk at that moment.
+    """
+    events, on_disk = [], {}
 
     def watched(name, function):
         def call(*args, **kwargs):
             events.append(name)
             if len(events) > number:
+                found = Path(log_dir).rglob("events.out.tfevents.*")
+                on_disk.update({path: path.stat().st_size for path in found if path not in on_disk})
                 raise Killed
             return function(*args, **kwargs)
 
@@ -68,16 +73,18 @@ def killed_at(monkeypatch, number):
 
     for owner, name in EVENTS:
         monkeypatch.setattr(owner, name, watched(name, getattr(owner, name)))
-    return events
+    return events, on_disk
 
 
 def fit_killed(monkeypatch, config, number):
     """Train up to the event of this number; return the events, or None if the training ended before it."""
     with monkeypatch.context() as patched:
-        events = killed_at(patched, number)
+        events, on_disk = killed_at(patched, number, config.log_dir)
         try:
             fit(config)
         except Killed:
+            for path, size in on_disk.items():
+                os.truncate(path, size)
             return events
     return None
 
@@ -90,6 +97,9 @@ def test_killed_at_any_moment_and_continued_it_ends_bit_for_bit_as_if_nothing_ha
     kills = []  # in steps, in saves, between their renames, in the test at the end
     while events := fit_killed(monkeypatch, config, first + 9 + len(kills)):
         kills.append(events[-1])
+        for save in tmp_path.glob("*/default/version_0/checkpoints/last/?"):  # what a save counts on is there
+            for _, name in checkpoint.state_about(save)["best"]:
+                assert (save.parents[1] / name).is_dir()
     assert len(kills) >= 3
     assert len(set(kills)) > 1
     assert differences(whole[linear_hce], fit(config).run) == []
