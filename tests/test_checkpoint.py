@@ -10,7 +10,18 @@ import scipy.sparse as sp
 from flax import nnx
 from stores import write_tiny_store
 
-from hce_jax.checkpoint import FORMAT_VERSION, ModelCard, delete_checkpoint, load_model, save_model
+from hce_jax import checkpoint as checkpoints
+from hce_jax.checkpoint import (
+    FORMAT_VERSION,
+    ModelCard,
+    delete_checkpoint,
+    load_model,
+    load_state,
+    recover_states,
+    save_model,
+    save_state,
+    state_about,
+)
 from hce_jax.errors import CheckpointError
 from hce_jax.models import build_model
 from hce_jax.runs import checkpoint_name
@@ -181,3 +192,39 @@ def test_the_best_of_a_run_is_the_best_also_where_three_digits_are_equal(tmp_pat
         card = dataclasses.replace(CARD, epoch=epoch, scores=CARD.scores | {"val_f1_macro": score})
         save_model(tmp_path / "checkpoints" / checkpoint_name(epoch, score), card, REACH, params, stats)
     assert load_model(tmp_path).card.epoch == 1
+
+
+# --- states
+
+
+def test_a_state_comes_back_as_it_was_and_replaces_the_one_before(tmp_path):
+    arrays = {"w": np.arange(6, dtype=np.float32).reshape(2, 3), "step": np.array(7, np.int32)}
+    save_state(tmp_path / "7", {"w": np.zeros(1)}, {"epoch": 0})
+    save_state(tmp_path / "7", arrays, {"epoch": 1, "score": 1 / 3})
+    found, about = load_state(tmp_path / "7")
+    assert about == {"epoch": 1, "score": 1 / 3} == state_about(tmp_path / "7")
+    assert found.keys() == arrays.keys()
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(found[name], array)
+        assert found[name].dtype == array.dtype
+    assert [path.name for path in tmp_path.iterdir()] == ["7"]
+
+
+def test_a_state_with_other_numbers_than_were_written_is_damaged(tmp_path, monkeypatch):
+    save_state(tmp_path / "7", {"v": np.zeros(2), "w": np.ones(3)}, {})
+    other = {"state": {"v": np.zeros(2), "w": np.array([1.0, 1.0, 2.0])}}
+    monkeypatch.setattr(checkpoints.ocp, "load_checkpointables", lambda path: other)
+    with pytest.raises(CheckpointError, match="7 is damaged: w is not what was written"):
+        load_state(tmp_path / "7")
+
+
+def test_after_a_kill_what_was_replaced_comes_back_and_what_was_not_finished_goes(tmp_path):
+    for name in ("7.replaced", "8", "8.replaced", "9.new", "9.new.orbax-checkpoint-tmp", ".deleted-5", "6"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "of").write_text(name)
+    recover_states(tmp_path)
+    assert {path.name: (path / "of").read_text() for path in tmp_path.iterdir()} == {
+        "6": "6",
+        "7": "7.replaced",
+        "8": "8",
+    }
