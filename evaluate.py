@@ -37,6 +37,9 @@ FLAGS = flags.FLAGS
 
 def load_ensemble() -> tuple[Ensemble, Path]:
     """Find checkpoint and store from the flags."""
+    for flag in ("run", "checkpoint"):
+        if FLAGS[flag].present and not all(FLAGS[flag].value or [""]):
+            raise UserError(f"--{flag} has an empty name; leave the flag out to evaluate the newest run")
     if FLAGS.run and FLAGS.checkpoint:
         raise UserError("--run and --checkpoint exclude each other; give one of them")
     data_path = FLAGS.data_path or os.environ.get("DATA_PATH")

@@ -82,8 +82,9 @@ class ModelCard:
     format_version: int = FORMAT_VERSION
 
 
-# Orbax logs every error, with a traceback of each of its threads, before it raises it.
-logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname or record.levelno < logging.ERROR)
+# Orbax logs every error, with a traceback of each of its threads, before it raises it; asyncio what that left behind.
+logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 
 @contextmanager
@@ -98,7 +99,8 @@ def _orbax_errors(problem: str) -> Iterator[None]:
         return
     except (OSError, ValueError, KeyError, TypeError) as error:
         known = next((what for what in _CAUSES if what in str(error)), None)
-        reason = known or (str(error).splitlines()[0][:200] if str(error) else type(error).__name__)
+        missing = "its metadata cannot be read" if isinstance(error, KeyError) else None
+        reason = known or missing or (str(error).splitlines()[0][:200] if str(error) else type(error).__name__)
     hook = sys.unraisablehook
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

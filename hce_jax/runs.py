@@ -9,6 +9,7 @@
 
 import fcntl
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -60,6 +61,11 @@ def versions(parent: Path) -> list[int]:
 def find_run(parent: Path, config: Mapping[str, Any]) -> Path | None:
     """Return the newest run with this very configuration; None if there is none.
 
+    Raises
+    ------
+    ConfigError
+        If a run's configuration cannot be read.
+
     Examples
     --------
     >>> find_run(Path("no/such/folder"), {}) is None
@@ -68,8 +74,14 @@ def find_run(parent: Path, config: Mapping[str, Any]) -> Path | None:
     wanted = json.loads(json.dumps(dict(config)))
     for version in reversed(versions(parent)):
         run = parent / f"version_{version}"
-        if read_config(run) == wanted:
+        found = read_config(run)
+        if found == wanted:
             return run
+        if found is None and (run / "checkpoints" / "last").exists():  # ours, and perhaps the very one
+            raise ConfigError(
+                f"{run / CONFIG_FILE} cannot be read, so which run it is cannot be told; bring it back, or move {run} "
+                "away, or begin another run with --new_run"
+            )
     return None
 
 
@@ -85,6 +97,24 @@ def read_config(run: Path) -> dict[str, Any] | None:
         return json.loads((run / CONFIG_FILE).read_text())["config"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+@contextmanager
+def held_folder(folder: Path) -> Iterator[None]:
+    """Have other processes wait while this one looks for a run there and begins one.
+
+    Examples
+    --------
+    >>> with held_folder(parent):  # doctest: +SKIP
+    ...     ...
+    """
+    _make(folder)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
@@ -111,8 +141,18 @@ def held_run(run: Path) -> Iterator[None]:
         yield
 
 
+def _make(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write the run to {folder} ({error.strerror}); pass a writable folder with --config.log_dir"
+        ) from error
+    return folder
+
+
 def new_run_folder(parent: Path) -> Path:
-    """Make the folder of the next version of a run.
+    """Make the folder of the next version of a run; the caller holds ``parent`` (:func:`held_folder`).
 
     Raises
     ------
@@ -125,20 +165,8 @@ def new_run_folder(parent: Path) -> Path:
     >>> new_run_folder(Path(tempfile.mkdtemp())).name
     'version_0'
     """
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        version = max(versions(parent), default=-1) + 1
-        while True:
-            try:
-                folder = parent / f"version_{version}"
-                folder.mkdir()
-                return folder
-            except FileExistsError:  # another run took the number in between
-                version += 1
-    except OSError as error:
-        raise ConfigError(
-            f"cannot write the run to {parent} ({error.strerror}); pass a writable folder with --config.log_dir"
-        ) from error
+    _make(parent)
+    return _make(parent / f"version_{max(versions(parent), default=-1) + 1}")
 
 
 def checkpoint_name(epoch: int, val_f1_macro: float) -> str:

@@ -97,7 +97,6 @@ def test_find_lr_suggests_a_learning_rate_and_draws_how_the_loss_went(folder, tm
     assert done.returncode == 0, done.stderr
     for line in (
         r"data        \S+/merlin: 90 training and 23 validation cells, 12 genes, 5 cell types; cells in files on disk",
-        r"training    3 steps of 30 cells an epoch, at most 50 epochs",
         r"steps       40 of 40, learning rate up to 1.0e\+00",
         r"suggested   --config.learning_rate=\d\.\de-0[1-3]",
         r"plot        find_lr_linear.png",

@@ -90,7 +90,8 @@ def find_learning_rate(
     rates = rising_rates(min_lr, max_lr, n_steps)
     table = jnp.asarray(rates, jnp.float32)
     trainer = Trainer([config], open_store(config.data_path), schedule=lambda step: table[step])
-    say(trainer.summary())
+    lines = trainer.summary().splitlines()
+    say("\n".join(line for line in lines if not line.startswith("training")))  # epochs and steps are those of a run
     with closing(_losses(trainer, n_steps)) as losses:
         return range_test(rates, losses)
 

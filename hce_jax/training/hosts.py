@@ -17,6 +17,9 @@ from hce_jax.errors import ConfigError, Preempted, UserError
 
 #: Steps from one moment at which hosts agree to the next: agreeing waits for the devices.
 _AGREE_EVERY = 20
+#: What JAX's error says where another host has gone.
+_LOST_HOST = ("Gloo", "closed by peer", "coordination service", "heartbeat", "UNAVAILABLE", "Connection reset")
+_LOST = "another host has ended or cannot be reached; the same command on all hosts goes on from the newest save"
 #: Seconds that the hosts wait for each other at the start.
 _PATIENCE = 300
 #: Seconds after which a host that failed ends, if the others have not failed too: they may be waiting for it.
@@ -110,6 +113,9 @@ def leaving() -> Iterator[None]:
     except BaseException as error:
         if jax.process_count() > 1:
             _end_later(_LEAVE_AFTER, 2 if isinstance(error, UserError) else 1)
+            if isinstance(error, jax.errors.JaxRuntimeError) and any(word in str(error) for word in _LOST_HOST):
+                print(f"error: {_LOST}", file=sys.stderr, flush=True)
+                raise SystemExit(1) from error
         raise
 
 

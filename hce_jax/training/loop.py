@@ -87,18 +87,21 @@ def fit(config: ConfigDict, *, new_run: bool = False, resume_from: int | None = 
         _use_runs(members, on_first(lambda: [member.find_run() for member in members], len(members)))
     if resume_from is not None and any(member.run is None for member in members):
         raise ConfigError("there is no run with this configuration to go on with; begin one without --resume_from")
+    if resume_from is not None and any(member.result for member in members):
+        raise ConfigError("the run is finished, so there is nothing to go on with; --new_run trains again")
     unfinished = [member for member in members if member.result is None]
     for member in members:
         if member not in unfinished:
             say(f"finished    {member.run}: nothing to do; --new_run trains again")
     if unfinished:
-        trainer = Trainer([member.config for member in unfinished], store)
         with ExitStack() as held:
-            _hold_runs(unfinished, trainer, held)
+            preemption = held.enter_context(Preemption())
+            trainer = Trainer([member.config for member in unfinished], store)
+            _hold_runs(unfinished, trainer, held, new_run=new_run)
             for member in unfinished:
                 held.callback(member.close)
             _go_on(unfinished, trainer, resume_from)
-            with Preemption() as preemption, Saver() as saver:
+            with Saver() as saver:
                 Session(trainer, unfinished, saver, preemption).run()
     return [_result(member) for member in members]
 
@@ -108,16 +111,19 @@ def _use_runs(members: Sequence[Member], versions: Sequence[int]) -> None:
         member.use_run(version)
 
 
-def _hold_runs(members: Sequence[Member], trainer: Trainer, held: ExitStack) -> None:
+def _hold_runs(members: Sequence[Member], trainer: Trainer, held: ExitStack, *, new_run: bool) -> None:
     """Begin the runs that are not there yet, and keep other processes from all of them."""
 
     def hold() -> list[int]:
         for member in members:
-            if member.run is None:
-                if len(members) == 1 and (unlike := member.unlike_newest()):
-                    say(f"new run     {unlike}")
-                member.use_run(member.new_run(trainer.hyper_parameters(member.config)))
-            held.enter_context(held_run(member.folder))
+            with member.beginning():
+                if not new_run and member.run is None:
+                    member.use_run(member.find_run())  # begun meanwhile by another process, which holds it
+                if member.run is None:
+                    if len(members) == 1 and (unlike := member.unlike_newest()):
+                        say(f"new run     {unlike}")
+                    member.use_run(member.new_run(trainer.hyper_parameters(member.config)))
+                held.enter_context(held_run(member.folder))
         return [version_of(member.folder) for member in members]
 
     _use_runs(members, on_first(hold, len(members)))

@@ -3,7 +3,7 @@
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,16 @@ from hce_jax.checkpoint import (
 )
 from hce_jax.errors import CheckpointError, ConfigError
 from hce_jax.files import written_aside
-from hce_jax.runs import RESULT_FILE, checkpoint_name, find_run, new_run_folder, read_config, version_of, versions
+from hce_jax.runs import (
+    RESULT_FILE,
+    checkpoint_name,
+    find_run,
+    held_folder,
+    new_run_folder,
+    read_config,
+    version_of,
+    versions,
+)
 from hce_jax.training.hosts import is_first
 from hce_jax.training.logging import ScalarWriter, write_description
 from hce_jax.training.progress import Progress
@@ -84,6 +93,10 @@ class Member:
         write_description(run, self.config.to_dict(), hyper_parameters)
         return version_of(run)
 
+    def beginning(self) -> AbstractContextManager[None]:
+        """Have other processes that would begin a run like this one wait."""
+        return held_folder(self._parent)
+
     def use_run(self, version: int) -> None:
         """Take a version as its run, if it is one."""
         self.run = self._parent / f"version_{version}" if version >= 0 else None
@@ -92,6 +105,11 @@ class Member:
     def name(self) -> str:
         """Tell it from others: model, loss, version."""
         return f"{self._parent.parent.name}/{self.folder.name}"
+
+    @property
+    def label(self) -> str:
+        """Tell it from the other members, in short: loss and seed."""
+        return f"{'hce' if self.config.use_hierarchical_loss else 'ce'} seed {self.config.seed}"
 
     @property
     def folder(self) -> Path:
@@ -105,7 +123,13 @@ class Member:
         """What a finished run has come to."""
         path = self.run / RESULT_FILE if self.run else None
         if self._result is None and path and path.exists():
-            self._result = json.loads(path.read_text())
+            try:
+                written = json.loads(path.read_text())
+                self._result = {name: written[name] for name in ("checkpoint", "val_f1_macro", "epochs", "test")}
+            except (ValueError, KeyError, TypeError) as error:
+                raise CheckpointError(
+                    f"{path} is damaged; remove it, and the same command tests the run again and writes it anew"
+                ) from error
         return self._result
 
     @property
@@ -128,6 +152,13 @@ class Member:
         """Bring its folder in order after a kill."""
         clear_unfinished(self._checkpoints)
         recover_states(self._checkpoints / "last")
+        # The end of an epoch is saved right after its checkpoint: without any save there can be the first one only.
+        lost = [path for path in self._checkpoints.glob("*.ckpt") if "epoch=0_" not in path.name]
+        if lost and not self.saves():
+            raise CheckpointError(
+                f"the run {self.folder} has checkpoints but no save to go on from; bring back its checkpoints/last, or "
+                "begin again with --new_run"
+            )
 
     def progress_at(self, step: int) -> Progress:
         """Return the progress of the save of a step.
@@ -149,8 +180,14 @@ class Member:
             If it is damaged, saying how to go on.
         """
         with self._remedy(step):
-            arrays, progress = load_state(self._save_path(step))
-        self.progress = Progress.from_json(self.config, progress)
+            arrays, written = load_state(self._save_path(step))
+            progress = Progress.from_json(self.config, written)
+            for _, name in progress.best.kept:
+                if not (self._checkpoints / name).is_dir():
+                    raise CheckpointError(
+                        f"{self._checkpoints / name} is missing, on which the save of step {step} counts"
+                    )
+        self.progress = progress
         return arrays
 
     @contextmanager
@@ -256,7 +293,7 @@ def common_save(runs: Mapping[str, Sequence[int]], wanted: int | None = None) ->
         raise ConfigError(f"there is no save of step {wanted} to go on from; there are those of steps {found}")
     if wanted is None and not common and any(len(steps) > 1 for steps in runs.values()):
         raise ConfigError(
-            f"these runs stand at different steps ({found}); continue each alone (--config.seeds=() with its "
-            "--config.seed), or begin again with --new_run"
+            f"these runs stand at different steps ({found}); continue each alone with its --config.seed, "
+            "or begin again with --new_run"
         )
     return max(common, default=0) if wanted is None else wanted

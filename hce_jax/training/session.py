@@ -61,9 +61,7 @@ class Saver:
         try:
             self._writing.result()
         except CheckpointError as error:
-            raise CheckpointError(
-                f"{error}; once this is mended, the same command goes on from the save before"
-            ) from error
+            raise CheckpointError(f"{error}; once this is mended, give the same command again") from error
 
 
 class Session:
@@ -117,9 +115,8 @@ class Session:
             if not self._members[0].progress.trained:
                 self._save()
             self._saver.wait()
-            raise Preempted(
-                f"told to end (SIGTERM); saved at step {self._step:,}, from where the same command goes on"
-            ) from None
+            where = f"saved at step {self._step:,}, from where the same command goes on" if self._step else "begun only"
+            raise Preempted(f"told to end (SIGTERM); {where}") from None
         except KeyboardInterrupt:
             where = f"from step {self._saved[0]:,}" if self._saved else "from the beginning"
             raise KeyboardInterrupt(f"interrupted; the same command goes on {where}") from None
@@ -187,7 +184,7 @@ class Session:
             epoch, meter = progress.epoch, progress.meter
             if member.writer is not None:
                 log_epoch(member.writer, epoch, self._step, meter, val)
-            name = f"{member.name}  " if len(self._members) > 1 else ""
+            name = f"{member.label}  " if len(self._members) > 1 else ""
             say(f"{name}{epoch_line(epoch, meter, val)}  lr {rate:.2e}  {self._cells_per_second:,.0f} cells/s")
             keep = progress.end_epoch(val.f1_macro)
             cards.append(self._trainer.card(number, epoch, val) if keep else None)

@@ -140,10 +140,10 @@ def test_members_that_went_on_without_each_other_are_not_thrown_together():
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"seeds": (1, 1)}, r"config.seeds is \(1, 1\); it must be different seeds"),
+        ({"seeds": (1, 1)}, r"config.seeds is \(1, 1\); it must be different whole numbers"),
         ({"seeds": (1, -1)}, r"config.seeds is \(1, -1\)"),
         ({"seeds": (1, "a")}, r"config.seeds is \(1, 'a'\)"),
-        ({"losses": ("mse",)}, r"config.losses is \('mse',\); it must be 'ce', 'hce' or both"),
+        ({"losses": ("mse",)}, r"config.losses is \('mse',\); it must be \('ce',\), \('hce',\) or"),
     ],
 )
 def test_seeds_and_losses_that_make_no_sense_are_named(store_path, tmp_path, changes, says):

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+from contextlib import ExitStack
 from pathlib import Path
 
 import jax
@@ -17,7 +18,9 @@ from benchmarks.faults import differences
 from configs import linear_hce, mlp_ce
 from hce_jax import checkpoint
 from hce_jax.errors import CheckpointError, ConfigError, Preempted
+from hce_jax.runs import held_run
 from hce_jax.training import member
+from hce_jax.training.member import Member
 from hce_jax.training.session import Session
 from hce_jax.training.trainer import Trainer
 
@@ -161,6 +164,72 @@ def test_a_run_that_another_process_trains_is_not_touched(store_path, tmp_path, 
     monkeypatch.setattr(Session, "run", meanwhile)
     assert fit(config).run.name == "version_0"
     assert len(refused) == 1
+
+
+def test_a_run_that_another_process_began_meanwhile_is_not_begun_twice(store_path, tmp_path, monkeypatch):
+    config, build = config_of(store_path, tmp_path), Trainer.__init__
+    with ExitStack() as held:
+
+        def slowly(self, configs, *rest):
+            build(self, configs, *rest)
+            other = Member(configs[0], tmp_path / "linear_hierarchical_loss" / "default")
+            with other.beginning():
+                other.use_run(other.new_run({}))
+            held.enter_context(held_run(other.folder))
+
+        monkeypatch.setattr(Trainer, "__init__", slowly)
+        with pytest.raises(ConfigError, match=r"another process is training the run .*version_0"):
+            fit(config)
+    assert [path.name for path in (tmp_path / "linear_hierarchical_loss" / "default").iterdir()] == ["version_0"]
+
+
+@pytest.mark.parametrize("content", ["", '{"che', "{}", "[]"])
+def test_a_damaged_result_is_named(store_path, tmp_path, content):
+    member = Member(config_of(store_path, tmp_path), tmp_path)
+    (tmp_path / "version_0").mkdir()
+    member.use_run(0)
+    assert member.result is None
+    (tmp_path / "version_0" / "result.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"version_0/result.json is damaged; remove it"):
+        member.result  # noqa: B018
+
+
+def stopped_run(store_path, tmp_path, monkeypatch):
+    assert fit_killed(monkeypatch, config_of(store_path, tmp_path), 45)
+    return tmp_path / "linear_hierarchical_loss" / "default" / "version_0"
+
+
+def test_a_run_whose_configuration_cannot_be_read_is_not_passed_over(store_path, tmp_path, monkeypatch):
+    run = stopped_run(store_path, tmp_path, monkeypatch)
+    (run / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"config.json cannot be read, so which run it is cannot be told"):
+        fit(config_of(store_path, tmp_path))
+    assert fit(config_of(store_path, tmp_path), new_run=True).run.name == "version_1"
+
+
+def test_checkpoints_without_any_save_are_not_deleted(store_path, tmp_path, monkeypatch):
+    run = stopped_run(store_path, tmp_path, monkeypatch)
+    (best,) = (run / "checkpoints").glob("*.ckpt")
+    renamed = best.rename(best.with_name(best.name.replace("epoch=0", "epoch=1")))
+    shutil.rmtree(run / "checkpoints" / "last")
+    with pytest.raises(CheckpointError, match=r"version_0 has checkpoints but no save to go on from"):
+        fit(config_of(store_path, tmp_path))
+    assert renamed.is_dir()
+
+
+def test_a_checkpoint_that_a_save_needs_is_missed_at_once(store_path, tmp_path, monkeypatch):
+    run = stopped_run(store_path, tmp_path, monkeypatch)
+    for path in (run / "checkpoints").glob("*.ckpt"):
+        shutil.rmtree(path)
+    with pytest.raises(CheckpointError, match=r"\d\.\d+\.ckpt is missing, on which the save of step"):
+        fit(config_of(store_path, tmp_path))
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_to_go_on_from_a_step_needs_a_run_that_can(store_path, whole, tmp_path, finished):
+    log_dir = whole[linear_hce].parents[2] if finished else tmp_path
+    with pytest.raises(ConfigError, match="the run is finished" if finished else "there is no run with this config"):
+        fit(config_of(store_path, log_dir), resume_from=3)
 
 
 # --- SIGTERM
