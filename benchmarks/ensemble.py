@@ -1,8 +1,8 @@
 """What several models trained together cost, beside one, and beside as many trained one after the other.
 
-    python benchmarks/ensemble.py                               linear models, batch 2,048, 19,331 genes
-    python benchmarks/ensemble.py --models mlp tabnet --steps 2
-    python benchmarks/ensemble.py --n_cells 512 --batch_size 64 --steps 2      small, to see that it runs
+    python -m benchmarks.ensemble                               linear models, batch 2,048, 19,331 genes
+    python -m benchmarks.ensemble --models mlp tabnet --steps 2
+    python -m benchmarks.ensemble --n_cells 512 --batch_size 64 --steps 2      small, to see that it runs
 
 Simulated cells (benchmarks/input.py) lie in a cell store; a step is all of it: reading, decoding, the batch to the
 device, unpacking, the training step. One member and several take turns, some steps each, in one process; the table

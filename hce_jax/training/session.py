@@ -115,8 +115,9 @@ class Session:
             if not self._members[0].progress.trained:
                 self._save()
             self._saver.wait()
-            where = f"saved at step {self._step:,}, from where the same command goes on" if self._step else "begun only"
-            raise Preempted(f"told to end (SIGTERM); {where}") from None
+            raise Preempted(
+                f"told to end (SIGTERM); saved at step {self._step:,}, from where the same command goes on"
+            ) from None
         except KeyboardInterrupt:
             where = f"from step {self._saved[0]:,}" if self._saved else "from the beginning"
             raise KeyboardInterrupt(f"interrupted; the same command goes on {where}") from None

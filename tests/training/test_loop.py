@@ -150,6 +150,12 @@ def test_it_stops_after_patience_epochs_without_a_better_score(store_path, tmp_p
     assert "epoch=0_" in result.checkpoint.name
 
 
+def test_a_profile_of_some_steps_lies_where_tensorboard_looks(store_path, tmp_path, capsys):
+    result = fit(small(linear_ce, store_path, log_dir=str(tmp_path), profile_steps=1))
+    assert len(list(result.run.glob("plugins/profile/*/*.xplane.pb"))) == 1
+    assert f"profile     {result.run} " in capsys.readouterr().out
+
+
 def test_a_sub_sample_uses_the_first_parts_of_train_and_val_only(store_path, tmp_path):
     result = fit(small(linear_ce, store_path, log_dir=str(tmp_path), sub_sample_frac=0.5, max_epochs=1))
     hparams = yaml.safe_load((result.run / "hparams.yaml").read_text())
