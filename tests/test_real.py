@@ -7,7 +7,7 @@ import pytest
 from fits import fit_one as fit
 
 from configs import linear_ce, linear_hce
-from hce_jax.checkpoint import load_model
+from hce_jax.checkpoint import Ensemble, load_model
 from hce_jax.evaluation.predict import predict_split
 from hce_jax.evaluation.reports import PUBLISHED_SUBSET, published_subset
 from hce_jax.hierarchy import correct_predictions, validate_reachability
@@ -40,9 +40,9 @@ def accuracy_on_new_cells(real_dir, tmp_path, module):
     config = module.get_config()
     config.data_path, config.log_dir = str(real_dir / "pbmc_store"), str(tmp_path)
     config.batch_size, config.max_epochs, config.seed = 256, 10, 0
-    predictor = load_model(fit(config).run)
+    ensemble = Ensemble([load_model(fit(config).run)])
     store = open_store(config.data_path)
-    targets, predictions = predict_split(predictor, store.split("test"))
+    targets, predictions = predict_split(ensemble, store.split("test"))
     right = correct_predictions(targets, predictions, store.side.reachability) == targets
     coarse = store.side.reachability[targets].sum(axis=1) > 1  # the label has types below it
     return right.mean(), right[~coarse].mean()
