@@ -26,6 +26,14 @@ class HierarchyError(UserError):
     """A matrix is not the reachability matrix of a directed acyclic graph."""
 
 
+class OntologyError(UserError):
+    """A cell type, or a release of the Cell Ontology, is not known, or its file cannot be read."""
+
+
+class SourceError(UserError):
+    """Cells with raw counts, a Census or h5ad files, cannot be read as they are, or hold nothing that was asked for."""
+
+
 class CheckpointError(UserError):
     """A checkpoint cannot be read, or does not belong to the given data."""
 

@@ -1,5 +1,7 @@
-"""Cell type hierarchies: reachability, checks, and what they mean for predictions."""
+"""Cell type hierarchies: reachability, checks, what they mean for predictions, and the Cell Ontology they come from."""
 
+from hce_jax.hierarchy.cell_ontology import CellOntology, Mapped, Resolution
+from hce_jax.hierarchy.ontology_diff import OntologyDiff, diff_ontology
 from hce_jax.hierarchy.reachability import (
     correct_predictions,
     propagate,
@@ -7,4 +9,14 @@ from hce_jax.hierarchy.reachability import (
     validate_reachability,
 )
 
-__all__ = ["correct_predictions", "propagate", "reachability_from_edges", "validate_reachability"]
+__all__ = [
+    "CellOntology",
+    "Mapped",
+    "OntologyDiff",
+    "Resolution",
+    "correct_predictions",
+    "diff_ontology",
+    "propagate",
+    "reachability_from_edges",
+    "validate_reachability",
+]

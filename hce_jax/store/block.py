@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import scipy.sparse as sp
 
+from hce_jax.preprocess.normalize import COUNTS_PER_CELL, normalize_log1p
 from hce_jax.store.packing import Places, Stream, unpack
 
 #: Columns of a block that hold its expression: two packed streams of (gaps, amounts), and the factor of each cell's
@@ -86,6 +87,37 @@ class Block:
         counts, scale_n = _recover_counts(places)
         return _block(places, counts, scale_n, columns, x_ng.shape[1])
 
+    @staticmethod
+    def of_counts(counts: sp.csr_array, columns: Mapping[str, np.ndarray]) -> "Block":
+        """Pack raw counts (n, g), to be scaled to 10,000 a cell.
+
+        A cell whose counts are not whole numbers, or too large, is kept as the values that follow from them.
+
+        Parameters
+        ----------
+        counts
+            CSR with sorted indices, 0 or above.
+        columns
+            Whole numbers of each cell (n,), ``cell_type`` among them.
+
+        Examples
+        --------
+        >>> block = Block.of_counts(sp.csr_array([[1.0, 3.0], [0.5, 0.0]]), {"cell_type": np.array([3, 4])})
+        >>> block.counts.toarray().tolist(), block.column("scale").tolist()
+        ([[1, 3], [0, 0]], [2500.0, 0.0])
+        """
+        counts = counts.astype(np.float64)
+        counts.eliminate_zeros()
+        sizes, total_n = np.diff(counts.indptr), counts.sum(axis=1)
+        odd = (counts.data != np.rint(counts.data)) | (counts.data > _LARGEST_COUNT)
+        odd_n = np.bincount(np.repeat(np.arange(len(sizes)), sizes)[odd], minlength=len(sizes)) > 0
+        scale_n = np.where(odd_n, 0, COUNTS_PER_CELL / np.where(total_n == 0, 1, total_n)).astype(np.float32)
+        if odd_n.any():
+            of_odd = np.repeat(odd_n, sizes)
+            counts.data[of_odd] = normalize_log1p(counts[np.flatnonzero(odd_n)]).data
+        places = Places.of_csr(counts)
+        return _block(places, places.values, scale_n, columns, counts.shape[1])
+
     def __len__(self) -> int:
         """Return the number of cells."""
         return self.cells.num_rows
@@ -144,6 +176,18 @@ class Block:
         """
         return Block(self.cells.slice(start, stop - start), self.n_genes)
 
+    def with_columns(self, columns: Mapping[str, np.ndarray]) -> "Block":
+        """Return the cells with these integer columns in place of theirs.
+
+        Examples
+        --------
+        >>> block = Block.of_values(np.eye(2), {"cell": np.array([3, 4])})
+        >>> block.with_columns({"cell_type": np.array([0, 1])}).column("cell_type").tolist()
+        [0, 1]
+        """
+        packed = {name: self.cells.column(name) for name in PACKED_COLUMNS}
+        return Block(pa.record_batch(packed | _integers(columns)), self.n_genes)
+
     @staticmethod
     def concatenate(blocks: "Sequence[Block]") -> "Block":
         """Join blocks, at least one, that have the same genes and columns.
@@ -185,8 +229,11 @@ def _block(
             buffers = [None, pa.py_buffer(offsets * data.itemsize), pa.py_buffer(data)]
             arrays[name] = pa.Array.from_buffers(pa.large_binary(), len(chosen), buffers)
     arrays[SCALE] = pa.array(scale_n)
-    arrays |= {name: pa.array(values.astype(np.int64, copy=False)) for name, values in columns.items()}
-    return Block(pa.record_batch(arrays), n_genes)
+    return Block(pa.record_batch(arrays | _integers(columns)), n_genes)
+
+
+def _integers(columns: Mapping[str, np.ndarray]) -> dict[str, pa.Array]:
+    return {name: pa.array(values.astype(np.int64, copy=False)) for name, values in columns.items()}
 
 
 def _recover_counts(places: Places) -> tuple[np.ndarray, np.ndarray]:

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,6 +23,9 @@ from hce_jax.store.schema import (
     LOOKUP_FOLDER,
     VAR_FILE,
 )
+
+#: Cells of a part and of a row group, as published.
+ROWS_PER_PART, ROWS_PER_GROUP = 32_768, 1_024
 
 PART_SCHEMA = pa.schema(
     [
@@ -87,8 +90,8 @@ def write_split(
     folder: Path,
     x: sparse.csr_array | sparse.csr_matrix,
     obs: pd.DataFrame,
-    rows_per_part: int = 32_768,
-    rows_per_group: int = 1_024,
+    rows_per_part: int = ROWS_PER_PART,
+    rows_per_group: int = ROWS_PER_GROUP,
 ) -> None:
     """Write the cells of one split as ``part.0.parquet``, ``part.1.parquet``, ...
 
@@ -130,11 +133,35 @@ def write_split(
     folder.mkdir(parents=True, exist_ok=True)
     obs = obs.assign(idx=np.arange(n_cells))
     for part, part_start in enumerate(range(0, n_cells, rows_per_part)):
-        part_stop = min(part_start + rows_per_part, n_cells)
-        with pq.ParquetWriter(folder / f"part.{part}.parquet", PART_SCHEMA) as writer:
-            for start in range(part_start, part_stop, rows_per_group):
-                rows = slice(start, min(start + rows_per_group, part_stop))
-                writer.write_table(_row_group(x[rows], obs[rows]))
+        starts = range(part_start, min(part_start + rows_per_part, n_cells), rows_per_group)
+        ends = [min(start + rows_per_group, part_start + rows_per_part, n_cells) for start in starts]
+        groups = ((x[start:end], obs[start:end]) for start, end in zip(starts, ends, strict=True))
+        write_part(folder / f"part.{part}.parquet", groups)
+
+
+def write_part(path: Path, groups: Iterable[tuple[sparse.csr_array | sparse.csr_matrix, pd.DataFrame]]) -> None:
+    """Write one part of a split, row group by row group; see :func:`write_split`, which writes them all.
+
+    Parameters
+    ----------
+    path
+        The file.
+    groups
+        For each row group its sf-log1p values, (cells, genes), and one row per cell with the columns of
+        :data:`PART_SCHEMA` other than X.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "part.0.parquet"
+    >>> obs = pd.DataFrame({field.name: [0, 0] for field in list(PART_SCHEMA)[1:]}).astype({"is_primary_data": bool})
+    >>> write_part(path, [(sparse.csr_array(np.eye(2)), obs), (sparse.csr_array(np.eye(2)), obs)])
+    >>> pq.ParquetFile(path).num_row_groups
+    2
+    """
+    with pq.ParquetWriter(path, PART_SCHEMA) as writer:
+        for x, obs in groups:
+            writer.write_table(_row_group(x, obs))
 
 
 def _row_group(x: sparse.csr_array | sparse.csr_matrix, obs: pd.DataFrame) -> pa.Table:

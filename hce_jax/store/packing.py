@@ -73,6 +73,25 @@ class Places(NamedTuple):
         at = np.flatnonzero(kept)
         return Places(np.diff(at, prepend=-1), x_ng.ravel()[at], np.searchsorted(at, np.arange(n_cells + 1) * n_genes))
 
+    @staticmethod
+    def of_csr(x: sp.csr_array) -> "Places":
+        """Find them in CSR (n, g) with sorted indices and no explicit zeros.
+
+        Examples
+        --------
+        >>> Places.of_csr(sp.csr_array(np.array([[0.0, 3.0, 0.0], [1.0, 0.0, 2.0]]))).values.tolist()
+        [3.0, 0.0, 1.0, 2.0]
+        """
+        n_cells, n_genes = x.shape
+        ends, last = x.indptr[1:].astype(np.int64), np.arange(1, n_cells + 1) * n_genes - 1
+        at = np.repeat(np.arange(n_cells) * n_genes, np.diff(x.indptr)) + x.indices
+        lacking = np.ones(n_cells, bool)
+        some = np.diff(x.indptr) > 0
+        lacking[some] = at[ends[some] - 1] != last[some]
+        at = np.insert(at, ends[lacking], last[lacking])
+        values = np.insert(x.data, ends[lacking], 0)
+        return Places(np.diff(at, prepend=-1), values, np.concatenate([[0], ends + np.cumsum(lacking)]))
+
     def pack(self, dtype: type) -> Stream:
         """Pack the values as counts (uint8) or as they are (float32).
 

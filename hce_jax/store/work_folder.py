@@ -3,6 +3,7 @@
 Until then the work lies in ``NAME.partial`` beside the destination:
 
     store/      the folder to be; each file appears in it when it is complete
+    scratch/    files that only the work needs; they are removed at the end
     records/    for each finished file a JSON object about it, with size and time of the file it was made from
     begun.json  what is made, and how
     lock        held while a process works here
@@ -25,6 +26,8 @@ from hce_jax.errors import StoreError
 from hce_jax.files import written_aside
 
 _STORE, _RECORDS, _BEGUN, _LOCK = "store", "records", "begun.json", "lock"
+#: Files whose names begin with this are for the work only.
+SCRATCH = "scratch"
 
 
 def work_path(destination: Path) -> Path:
@@ -58,10 +61,14 @@ class WorkFolder:
         """The folder to be."""
         return self.path / _STORE
 
+    def place(self, name: str) -> Path:
+        """Return where a file lies: in the folder to be, or, if its name begins with "scratch/", beside it."""
+        return (self.path if name.startswith(f"{SCRATCH}/") else self.store) / name
+
     def finished(self) -> dict[str, dict[str, Any]]:
         """Return what is recorded about each finished file."""
         records = {name: record["about"] for name, record in self._records().items()}
-        return {name: about for name, about in records.items() if _size(self.store / name) == about["bytes"]}
+        return {name: about for name, about in records.items() if _size(self.place(name)) == about["bytes"]}
 
     def finish(self, name: str, make: Callable[[Path], dict[str, Any]]) -> None:
         """Make a file and then its record.
@@ -79,7 +86,7 @@ class WorkFolder:
             If the system does not let it be written: the disk is full, for one.
         """
         stamp, record = _stamp(self.sources[name]), self._record(name)
-        with named_in_errors(self.store / name) as path:
+        with named_in_errors(self.place(name)) as path:
             for file in (path, record):
                 file.parent.mkdir(parents=True, exist_ok=True)
             about = make(path)
@@ -227,7 +234,7 @@ def named_in_errors(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    strangers = {each.name for each in path.glob("[!.]*")} - {_STORE, _RECORDS, _BEGUN, _LOCK}
+    strangers = {each.name for each in path.glob("[!.]*")} - {_STORE, SCRATCH, _RECORDS, _BEGUN, _LOCK}
     if strangers:
         raise StoreError(f"{path} is needed for the work, but holds {min(strangers)!r}; move it away")
     with named_in_errors(path / _LOCK) as file:

@@ -1,6 +1,9 @@
 import numpy as np
 import pytest
+import scipy.sparse as sp
 
+from hce_jax.errors import UserError
+from hce_jax.preprocess import normalize_log1p
 from hce_jax.store.block import COUNTS, PACKED_COLUMNS, SCALE, VALUES, Block
 
 N_GENES = 400
@@ -240,3 +243,107 @@ def test_slicing_copies_nothing():
     for names in (COUNTS, VALUES):
         assert np.shares_memory(block.stream(names).gaps, block.slice(2, 9).stream(names).gaps)
         assert np.shares_memory(block.stream(names).amounts, block.slice(2, 9).stream(names).amounts)
+
+
+def of_counts(counts):
+    return Block.of_counts(sp.csr_array(counts), numbered(np.arange(len(counts))))
+
+
+@pytest.mark.parametrize("library_size", [1, 500, 20_000, 2_000_000])
+@pytest.mark.parametrize("n_genes", [255, 700])
+def test_raw_counts_are_kept_exactly_and_give_the_normalised_expression(library_size, n_genes):
+    rng = np.random.default_rng(library_size)
+    counts = np.stack([rng.multinomial(library_size, rng.dirichlet(np.full(n_genes, 0.3))) for _ in range(30)])
+    counts = np.minimum(counts * rng.integers(1, 3, (30, 1)), 65_535)  # a common divisor is no matter here
+    block = of_counts(counts)
+    np.testing.assert_array_equal(block.counts.toarray(), counts)
+    np.testing.assert_allclose(block.column(SCALE), 1e4 / counts.sum(axis=1), rtol=1e-7)
+    assert len(block.stream(VALUES).gaps) == 0
+    assert block.x.dtype == np.float32
+    np.testing.assert_allclose(block.x.toarray(), normalize_log1p(counts), rtol=0, atol=1e-6)
+    assert counts.max() > 255 or library_size <= 500
+    np.testing.assert_array_equal(block.column("soma_joinid"), np.arange(30))
+
+
+@pytest.mark.parametrize("last", [0, 1, 255, 256, 65_535], ids="the last gene has {} counts".format)
+def test_raw_counts_at_every_step_of_a_byte_come_back_and_empty_cells_stay_empty(last):
+    counts = np.zeros((6, 600), int)
+    counts[0, :8] = [1, 2, 254, 255, 256, 510, 511, 65_535]
+    counts[1, 300] = 65_535
+    counts[[0, 1, 3, 5], -1] = last  # cells 2 and 4 are empty
+    block = of_counts(counts)
+    np.testing.assert_array_equal(block.counts.toarray(), counts)
+    np.testing.assert_allclose(block.x.toarray(), normalize_log1p(counts), rtol=0, atol=1e-6)
+    assert not block.x.toarray()[[2, 4]].any()
+    assert (block.column(SCALE) > 0).all()
+
+
+def test_counts_that_are_not_whole_or_above_65_535_are_kept_as_the_values_that_follow_from_them():
+    cells = np.arange(24)
+    counts = counts_of(cells).astype(float)
+    counts[1::4, 0] = 0.25
+    counts[2::4, -1] = 65_536
+    counts[7] = 0
+    odd = np.isin(cells % 4, [1, 2])
+    block = of_counts(counts)
+    np.testing.assert_array_equal(block.column(SCALE) == 0, odd)
+    np.testing.assert_array_equal(block.counts.toarray(), np.where(odd[:, None], 0, counts))
+    np.testing.assert_array_equal(block.x.toarray()[odd], normalize_log1p(counts)[odd])  # bit for bit
+    np.testing.assert_allclose(block.x.toarray(), normalize_log1p(counts), rtol=0, atol=1e-6)
+    for names, kept in ((COUNTS, ~odd), (VALUES, odd)):
+        np.testing.assert_array_equal(np.diff(block.stream(names).offsets) > 0, kept)
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, -0.5])
+def test_counts_that_are_no_numbers_or_negative_are_refused(wrong):
+    with pytest.raises(UserError, match="1 of the given counts are negative or not finite"):
+        of_counts(np.array([[1.0, 2.0], [wrong, 1.0]]))
+
+
+def test_a_cell_is_packed_alike_whoever_its_neighbours_are_and_as_recovered_counts():
+    counts = counts_of(np.arange(20)).astype(float)
+    counts[::5, 3] = 0.5
+    whole = of_counts(counts)
+    for rows in (np.arange(5, 9), np.array([0, 5]), np.array([1]), np.array([0]), np.arange(20)[::-1]):
+        alone = Block.of_counts(sp.csr_array(counts[rows]), numbered(rows))
+        assert alone.cells.equals(whole.take(rows).cells)
+    recovered = Block.of_recovered_counts(normalised(counts), numbered(np.arange(20))).counts.toarray()
+    is_whole = np.arange(20) % 5 > 0
+    np.testing.assert_array_equal(recovered[is_whole], whole.counts.toarray()[is_whole])
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int64, np.float32, np.float64])
+def test_counts_of_any_type_with_stored_zeros_are_packed_and_not_changed(dtype):
+    counts = counts_of(np.arange(9)).astype(dtype)
+    given = sp.csr_array(np.where(counts == 0, 1, counts).astype(dtype))
+    given.data[given.data == 1] = 0  # stored, or counts of 1 that become 0
+    before = given.copy()
+    given.data.flags.writeable = False
+    block = Block.of_counts(given, numbered(np.arange(9)))
+    assert block.cells.equals(of_counts(np.where(counts == 1, 0, counts)).cells)
+    for ours, was in ((given.data, before.data), (given.indices, before.indices), (given.indptr, before.indptr)):
+        np.testing.assert_array_equal(ours, was)
+
+
+def test_a_total_that_float32_cannot_hold_is_exact():
+    counts = np.full((1, 300), 65_535)
+    counts[0, 0] = 1
+    assert of_counts(counts).column(SCALE)[0] == np.float32(1e4 / counts.sum())
+
+
+def test_counts_of_no_cells_are_a_block_of_no_cells():
+    block = Block.of_counts(sp.csr_array((0, 7)), numbered([]))
+    assert (len(block), block.x.shape, block.counts.shape) == (0, (0, 7), (0, 7))
+
+
+def test_other_columns_take_the_place_of_a_block_s_own_and_the_expression_stays():
+    cells = np.arange(12)
+    block = block_of(cells).slice(2, 11)
+    renamed = block.with_columns({"idx": np.arange(9, dtype=np.int8), "cell_type": cells[2:11] % 2 == 0})
+    assert renamed.cells.schema.names == [*PACKED_COLUMNS, "idx", "cell_type"]
+    assert [renamed.column(name).dtype for name in ("idx", "cell_type")] == [np.int64] * 2
+    assert renamed.column("idx").tolist() == list(range(9))
+    assert renamed.column("cell_type").tolist() == [1, 0, 1, 0, 1, 0, 1, 0, 1]
+    check_cells(renamed.with_columns(numbered(cells[2:11])), cells[2:11])
+    assert block.cells.schema.names == [*PACKED_COLUMNS, "cell_type", "soma_joinid"]
+    assert np.shares_memory(block.stream(COUNTS).gaps, renamed.stream(COUNTS).gaps)

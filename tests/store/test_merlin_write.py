@@ -6,7 +6,7 @@ import pytest
 from scipy import sparse
 
 from hce_jax.errors import StoreError
-from hce_jax.store.merlin_write import complete_or_absent, write_side_files, write_split
+from hce_jax.store.merlin_write import complete_or_absent, write_part, write_side_files, write_split
 
 CODES = (
     "cell_type",
@@ -74,6 +74,27 @@ def test_no_more_than_one_row_group_is_made_dense_at_a_time(tmp_path, monkeypatc
     monkeypatch.setattr(sparse.csr_array, "toarray", lambda self: densified.append(self.shape[0]) or to_array(self))
     write_split(tmp_path, x, obs, rows_per_part=10, rows_per_group=4)
     assert max(densified) == 4
+
+
+def test_a_part_is_the_row_groups_it_is_given_one_by_one(tmp_path):
+    x, obs = cells_that_betray_misalignment()
+    obs["idx"] = np.arange(100, 100 + N_CELLS)
+    cuts = [(0, 9), (9, 10), (10, 23)]
+    write_part(tmp_path / "part.4.parquet", ((x[start:stop], obs[start:stop]) for start, stop in cuts))
+    file = pq.ParquetFile(tmp_path / "part.4.parquet")
+    assert [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)] == [9, 1, 13]
+    table = file.read()
+    assert table["X"].to_pylist() == x.toarray().tolist()
+    for column in (*CODES, "soma_joinid", "is_primary_data", "idx"):
+        assert table[column].to_pylist() == obs[column].tolist(), column
+
+
+def test_a_part_of_a_split_is_what_it_is_when_it_is_written_alone(tmp_path):
+    x, obs = cells_that_betray_misalignment()
+    write_split(tmp_path / "split", x, obs, rows_per_part=10, rows_per_group=4)
+    obs["idx"] = np.arange(N_CELLS)
+    write_part(tmp_path / "alone", ((x[start:stop], obs[start:stop]) for start, stop in ((10, 14), (14, 18), (18, 20))))
+    assert (tmp_path / "split" / "part.1.parquet").read_bytes() == (tmp_path / "alone").read_bytes()
 
 
 def test_a_table_of_cells_of_another_length_is_refused(tmp_path):

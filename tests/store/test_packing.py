@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import scipy.sparse as sp
 
 from hce_jax.store.packing import Places, Stream, unpack
 
@@ -85,6 +86,42 @@ def test_random_cells_of_any_density_are_packed_as_defined(seed):
         for ours, by_hand in zip(stream, pack_by_hand(x_ng, dtype), strict=True):
             np.testing.assert_array_equal(ours, by_hand)
         np.testing.assert_array_equal(unpack(stream, n_genes).toarray(), x_ng)
+
+
+def check_same_places(x_ng):
+    """The places found in CSR, with indices of either size, are those found in the dense expression."""
+    expected = Places.of(x_ng)
+    for index_type in (np.int32, np.int64):
+        x = sp.csr_array(x_ng)
+        x.indices, x.indptr = x.indices.astype(index_type), x.indptr.astype(index_type)
+        for array in (x.data, x.indices, x.indptr):
+            array.flags.writeable = False
+        found = Places.of_csr(x)
+        for ours, of_dense in zip(found, expected, strict=True):
+            assert ours.dtype == of_dense.dtype
+            np.testing.assert_array_equal(ours, of_dense)
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.float32, np.float64])
+@pytest.mark.parametrize("x_ng", [*CASES.values(), np.zeros((0, 5), int)], ids=[*CASES.keys(), "no cells"])
+def test_places_in_csr_are_those_in_the_same_dense_expression(x_ng, dtype):
+    check_same_places(x_ng.astype(dtype))
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_places_in_csr_are_those_in_random_dense_expression(seed):
+    rng = np.random.default_rng(seed)
+    n_cells, n_genes = int(rng.integers(1, 9)), int(rng.choice([1, 2, 255, 256, 700]))
+    x_ng = rng.random((n_cells, n_genes)) * (rng.random((n_cells, n_genes)) < rng.choice([0.002, 0.05, 0.5, 1]))
+    x_ng[:, -1] = np.where(rng.random(n_cells) < 0.5, 0, 7)
+    check_same_places(x_ng)
+
+
+def test_places_in_csr_do_not_overflow_where_the_cells_have_more_than_2_31_places():
+    x = sp.csr_array((np.ones(3), np.array([5, 0, 7], np.int32), np.array([0, 1, 1, 3], np.int32)), shape=(3, 2**30))
+    gaps, values, offsets = Places.of_csr(x)
+    assert gaps.tolist() == [6, 2**30 - 6, 2**30, 1, 7, 2**30 - 8]
+    assert (values.tolist(), offsets.tolist()) == ([1, 0, 0, 1, 1, 0], [0, 2, 3, 6])
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])

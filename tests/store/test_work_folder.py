@@ -17,6 +17,7 @@ from stores import N_TYPES, write_tiny_store
 
 from hce_jax.errors import StoreError
 from hce_jax.store import convert
+from hce_jax.store.work_folder import open_work_folder
 
 module = importlib.import_module("hce_jax.store.convert")  # the package's `convert` is the function
 
@@ -279,3 +280,57 @@ def test_a_place_that_may_not_be_written_is_named(source, tmp_path, monkeypatch)
 def test_tiny_stores_have_the_types_that_these_tests_count_on(source):
     assert N_TYPES == 5
     assert len(list((source / "train").glob("part.*"))) == N_PARTS
+
+
+MADE = dict.fromkeys(["a.txt", "b/c.txt", "scratch/d.txt", "scratch/e/f.txt"], Path("none"))
+
+
+def write(work, name):
+    work.finish(name, lambda path: {"bytes": path.write_text(name), "name": name})
+
+
+def test_files_for_the_work_only_lie_beside_the_folder_to_be_and_go_when_it_is_complete(tmp_path):
+    destination, partial = tmp_path / "made", tmp_path / "made.partial"
+    with open_work_folder(destination, {"format": 1}, MADE) as work:
+        for name in MADE:
+            write(work, name)
+        assert work.place("scratch/d.txt") == partial / "scratch" / "d.txt"
+        assert work.place("b/c.txt") == partial / "store" / "b" / "c.txt"
+        assert set(contents(partial / "scratch")) == {Path("d.txt"), Path("e/f.txt")}
+        assert set(contents(partial / "store")) == {Path("a.txt"), Path("b/c.txt")}
+        assert work.finished() == {name: {"bytes": len(name), "name": name} for name in MADE}
+        work.publish(destination)
+    assert contents(destination) == {Path("a.txt"): b"a.txt", Path("b/c.txt"): b"b/c.txt"}
+    assert list(tmp_path.iterdir()) == [destination]
+
+
+def test_files_for_the_work_only_are_found_again_when_it_is_taken_up(tmp_path, capsys):
+    destination, partial = tmp_path / "made", tmp_path / "made.partial"
+
+    def interrupted():
+        with open_work_folder(destination, {"format": 1}, MADE) as work:
+            for name in ("a.txt", "scratch/d.txt", "scratch/e/f.txt"):
+                write(work, name)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt, match="interrupted; 3 of 4 files are finished and kept in"):
+        interrupted()
+    before = files(partial / "scratch")
+    (partial / "scratch" / "e" / ".f.7.txt").write_text("begun")  # of a killed process
+    (partial / "scratch" / "d.txt").write_text("cut")
+    with open_work_folder(destination, {"format": 1}, MADE) as work:
+        assert set(work.finished()) == {"a.txt", "scratch/e/f.txt"}
+        assert f"resuming: 2 of 4 files are finished in {partial}" in capsys.readouterr().out
+        assert files(partial / "scratch" / "e") == {Path("f.txt"): before[Path("e/f.txt")]}
+        write(work, "scratch/d.txt")
+        work.forget("a.txt")
+        assert set(work.finished()) == {"scratch/d.txt", "scratch/e/f.txt"}
+        work.publish(destination)
+    assert set(contents(tmp_path)) == {Path("made/a.txt")}
+
+
+def test_a_file_whose_name_only_begins_like_scratch_is_part_of_the_folder(tmp_path):
+    with open_work_folder(tmp_path / "made", {}, {"scratched.txt": Path("none")}) as work:
+        write(work, "scratched.txt")
+        work.publish(tmp_path / "made")
+    assert set(contents(tmp_path)) == {Path("made/scratched.txt")}

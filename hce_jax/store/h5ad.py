@@ -1,0 +1,516 @@
+"""Cells of h5ad files, the files of anndata, as a source of raw counts."""
+
+import dataclasses
+import io
+import itertools
+import sys
+import threading
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import anndata
+import h5py
+import numpy as np
+import pandas as pd
+from anndata.io import read_elem, sparse_dataset, write_elem
+from scipy import sparse
+
+from hce_jax.errors import SourceError, UserError
+from hce_jax.preprocess.genes import GeneAlignment, _bare, align_genes
+from hce_jax.store.cell_source import TERM_COLUMN, TEXT_COLUMNS, CellSource
+from hce_jax.store.schema import LABEL_COLUMN, SPLITS
+from hce_jax.store.selection import UNKNOWN
+
+#: Columns of var that may hold the names of genes; the first that is there counts.
+_NAME_COLUMNS = ("feature_name", "gene_symbols", "gene_symbol", "gene_name", "gene_names", "symbol")
+#: Values read at a time: some 2,000 cells, 32 MB.
+_VALUES_AT_A_TIME = 1 << 22
+#: Cells are read in one go when no more values lie between them: reading these costs less than finding a new place.
+_GAP = 1 << 15
+#: Raw counts of hardly a cell stay below this, normalised values of every cell do.
+_LARGEST_NORMALIZED = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class H5adColumns:
+    """Where h5ad files keep what is needed, in the words of the flags.
+
+    Attributes
+    ----------
+    label
+        Column of obs with the cell types, labels or Cell Ontology ids (``--label-column``).
+    donor
+        Column of obs with the donors (``--donor-column``).
+    dataset
+        Column of obs with the studies (``--dataset-column``); a file without it is a study by itself.
+    gene
+        Column of var with the ids or names of the genes (``--gene-column``); None: ``feature_id``, else var_names.
+    counts
+        The matrix with raw counts (``--counts``): "X", "raw" or a layer; None: raw where a file has it, else X.
+    split
+        Column of obs that says train, val or test (``--split-column``); it is given as ``split``. None: no such column.
+    """
+
+    label: str = LABEL_COLUMN
+    donor: str = "donor_id"
+    dataset: str = "dataset_id"
+    gene: str | None = None
+    counts: str | None = None
+    split: str | None = None
+
+    def of(self, name: str) -> str:
+        """Return which column of obs holds what a source calls so.
+
+        Examples
+        --------
+        >>> H5adColumns(donor="patient").of("donor_id")
+        'patient'
+        """
+        named = {LABEL_COLUMN: self.label, "donor_id": self.donor, "dataset_id": self.dataset, _SPLIT: self.split}
+        return named.get(name) or name
+
+
+_DEFAULT = H5adColumns()
+#: What a source calls the column that says to which split a cell belongs.
+_SPLIT = "split"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class H5adSource(CellSource):
+    """The cells of some h5ad files, one file after the other; see :meth:`open`.
+
+    Attributes
+    ----------
+    files
+        The files; no two have the same name.
+    columns
+        Where they keep what is needed.
+    """
+
+    files: tuple["_File", ...]
+    columns: H5adColumns
+
+    @classmethod
+    def open(cls, paths: str | Path | Sequence[str | Path], columns: H5adColumns = _DEFAULT) -> "H5adSource":
+        """Look through h5ad files.
+
+        What a file says of its cells in other columns than those named is read if it is there, else it is "unknown";
+        a file that does not say which cells are primary data has only such. Cells keep their ``soma_joinid`` if all
+        files have it and none occurs twice; else they are numbered.
+
+        Parameters
+        ----------
+        paths
+            Files, and folders of which every ``*.h5ad`` is taken, sorted by name.
+        columns
+            Where they keep what is needed.
+
+        Raises
+        ------
+        SourceError
+            If there is no file, one is given twice, is no h5ad file, or lacks what is needed.
+
+        Examples
+        --------
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "study.h5ad"
+        >>> obs = pd.DataFrame({"cell_type": ["T cell", "neuron"], "donor_id": ["a", "b"]}, index=["1", "2"])
+        >>> var = pd.DataFrame(index=["CD4", "CD8A"])
+        >>> anndata.AnnData(sparse.csr_array([[1.0, 2.0], [0.0, 3.0]]), obs, var).write_h5ad(path)
+        >>> source = H5adSource.open(path)
+        >>> source.read_counts(np.array([1]), source.align(["CD8A"], ["CD8A"])).toarray()
+        array([[3.]], dtype=float32)
+        """
+        found = list(_find_files([paths] if isinstance(paths, str | Path) else paths))
+        return cls(tuple(_File.open(path, columns) for path in found), columns)
+
+    @property
+    def title(self) -> str:
+        """The file's name, or how many there are."""
+        first, *others = self.files
+        return f"{len(self.files)} h5ad files ({first.name}, ...)" if others else first.name
+
+    def about(self) -> dict[str, Any]:
+        """Say which files these are, with their size and time, and what is read of them."""
+        return {
+            "h5ad": [
+                {"file": file.name, "bytes": file.bytes, "mtime_ns": file.mtime_ns, "counts": file.counts}
+                for file in self.files
+            ],
+            "columns": dataclasses.asdict(self.columns),
+        }
+
+    def genes(self) -> pd.DataFrame:
+        """Return the genes of all files, in the order in which they first appear; Ensembl ids without versions.
+
+        ``feature_type`` is there if every file has it.
+        """
+        every = pd.concat([file.genes for file in self.files], ignore_index=True, join="inner")
+        every["feature_id"] = [*map(_bare, every["feature_id"])]
+        return every.drop_duplicates("feature_id", ignore_index=True)
+
+    def obs_batches(self) -> Iterator[pd.DataFrame]:
+        """Go through all cells, a file at a time; see :meth:`CellSource.obs_batches`."""
+        has_terms = self.columns.label == LABEL_COLUMN and all(TERM_COLUMN in file.obs_columns for file in self.files)
+        names = [*TEXT_COLUMNS, *([TERM_COLUMN] if has_terms else []), *([_SPLIT] if self.columns.split else [])]
+        for file, (start, stop) in zip(self.files, itertools.pairwise(self._starts), strict=True):
+            rows = np.arange(start, stop)
+            ids = rows if self._joinids is None else self._joinids[rows]
+            obs = pd.DataFrame({"row": rows, "soma_joinid": ids, **file.read_obs(names, self.columns)})
+            if wrong := sorted(set(obs.get(_SPLIT, ())) - set(SPLITS)):
+                raise SourceError(
+                    f"{file.name}: {self.columns.split} is {wrong[0]!r} for some cells, not one of {', '.join(SPLITS)}"
+                )
+            yield obs
+
+    def align(self, gene_ids: Sequence[str], gene_names: Sequence[str]) -> dict[str, GeneAlignment]:
+        """Find the genes of each file among ours, by the file's name; see :meth:`CellSource.align`."""
+        return {
+            file.name: align_genes(list(file.genes["feature_id"]), gene_ids, gene_names, file.name)
+            for file in self.files
+        }
+
+    def read_counts(self, rows: np.ndarray, alignments: dict[str, GeneAlignment]) -> sparse.csr_array:
+        """Read the raw counts of some cells, (n, g); see :meth:`CellSource.read_counts`.
+
+        Counts that are not whole numbers are kept as they are, which is said once for each file.
+
+        Raises
+        ------
+        SourceError
+            If a count is negative or not finite, or a file cannot be read.
+        ValueError
+            If the rows do not ascend, or there is no such row.
+        """
+        n_cells = int(self._starts[-1])
+        if (np.diff(rows, prepend=-1, append=n_cells) <= 0).any():
+            raise ValueError(f"the rows must ascend and lie between 0 and {n_cells - 1}")
+        parts = []
+        for file, (start, stop) in zip(self.files, itertools.pairwise(self._starts), strict=True):
+            low, high = np.searchsorted(rows, [start, stop])
+            parts += [alignments[file.name].apply(part) for part in file.read_counts(rows[low:high] - start)]
+        n_genes = next(iter(alignments.values())).n_genes
+        return sparse.vstack([sparse.csr_array((0, n_genes), dtype=np.float32), *parts], format="csr")
+
+    @cached_property
+    def _starts(self) -> np.ndarray:
+        """The first row of each file, and the number of cells."""
+        return np.concatenate([[0], np.cumsum([file.n_cells for file in self.files])]).astype(np.int64)
+
+    @cached_property
+    def _joinids(self) -> np.ndarray | None:
+        """The files' own numbers of their cells, if these can be told by them."""
+        each = [ids for file in self.files if (ids := file.read_joinids()) is not None]
+        if len(each) < len(self.files):
+            return None
+        every = np.concatenate(each)
+        return every if len(np.unique(every)) == len(every) else None
+
+
+def _find_files(paths: Sequence[str | Path]) -> Iterator[Path]:
+    seen: dict[str, Path] = {}
+    places = set[Path]()
+    for given in map(Path, paths):
+        inside = sorted(given.glob("[!.]*.h5ad")) if given.is_dir() else [given]
+        if not inside:
+            raise SourceError(f"the folder {given} has no *.h5ad files; name h5ad files or a folder that has some")
+        for path in inside:
+            if not path.is_file():
+                raise SourceError(f"{path} does not exist; name h5ad files or a folder that has some")
+            if path.resolve() in places:
+                raise SourceError(f"{path} is given twice; give each file once")
+            if path.name in seen:
+                raise SourceError(f"{path} and {seen[path.name]} have the same name, and files go by it; rename one")
+            seen[path.name] = path
+            places.add(path.resolve())
+            yield path
+    if not seen:
+        raise SourceError("no h5ad files were named")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _File:
+    """One h5ad file, looked through.
+
+    Attributes
+    ----------
+    path
+        Where it is.
+    bytes, mtime_ns
+        Its size and time.
+    n_cells
+        Number of its cells.
+    obs_columns
+        What obs has.
+    counts, place
+        The matrix that is read: its name for a person, and in the file.
+    others
+        Names of the other matrices.
+    genes
+        ``feature_id``, ``feature_name`` and, if known, ``feature_type`` of that matrix's genes (t,).
+    modern
+        The file as anndata writes it now, in memory, if it is from before anndata 0.7.
+    """
+
+    path: Path
+    bytes: int
+    mtime_ns: int
+    n_cells: int
+    obs_columns: tuple[str, ...]
+    counts: str
+    place: str
+    others: tuple[str, ...]
+    genes: pd.DataFrame
+    modern: h5py.File | None
+    _lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
+    _told: threading.Event = dataclasses.field(default_factory=threading.Event)
+
+    @staticmethod
+    def open(path: Path, columns: H5adColumns) -> "_File":
+        """Look through a file."""
+        status = path.stat()
+        with _opened(path) as file:
+            if not {"obs", "var"} <= set(file):
+                raise SourceError(f"{path} is an HDF5 file, but no h5ad file: it has no obs and var")
+            modern = _modernized(path) if isinstance(file["obs"], h5py.Dataset) else None
+        with _opened(path, modern) as file:
+            matrices = _matrices(file)
+            counts = columns.counts or ("raw" if "raw" in matrices else "X")
+            if counts not in matrices:
+                what = f"has no matrix {counts!r}; it has {', '.join(matrices) or 'none'}"
+                raise SourceError(f"{path.name} {what}; name the one with raw counts (--counts)")
+            place, var_place = matrices[counts]
+            obs = file["obs"]
+            index = obs[obs.attrs["_index"]]
+            genes = _genes(path.name, _read(file[var_place]), columns.gene)
+            found = _File(
+                path=path,
+                bytes=status.st_size,
+                mtime_ns=status.st_mtime_ns,
+                n_cells=len(index if isinstance(index, h5py.Dataset) else index["values"]),
+                obs_columns=tuple(obs.attrs["column-order"]),
+                counts=counts,
+                place=place,
+                others=tuple(name for name in matrices if name != counts),
+                genes=genes,
+                modern=modern,
+            )
+            found._check_matrix(file[place])
+        found._check_columns(columns)
+        return found
+
+    @property
+    def name(self) -> str:
+        """What to call it."""
+        return self.path.name
+
+    def _check_matrix(self, matrix: h5py.Group | h5py.Dataset) -> None:
+        is_dense = _kind(matrix) == "dense"
+        if (matrix if is_dense else matrix["data"]).dtype.kind not in "biuf":
+            raise SourceError(f"{self.name}: {self.counts} is no matrix of numbers; name another (--counts)")
+        n_cells, n_genes = map(int, matrix.shape if is_dense else matrix.attrs["shape"])
+        if (n_cells, n_genes) != (self.n_cells, len(self.genes)):
+            raise SourceError(
+                f"{self.name} is damaged: {self.counts} has {n_cells:,} cells and {n_genes:,} genes, but obs has "
+                f"{self.n_cells:,} and var {len(self.genes):,}"
+            )
+
+    def _check_columns(self, columns: H5adColumns) -> None:
+        needed = {"label": "the cell types", "donor": "the donors, who decide about the split"}
+        needed |= {"dataset": "the studies"} if columns.dataset != _DEFAULT.dataset else {}
+        needed |= {"split": "the splits"} if columns.split else {}
+        for flag, what in needed.items():
+            column = getattr(columns, flag)
+            if column not in self.obs_columns:
+                has = ", ".join(self.obs_columns) or "none"
+                raise SourceError(
+                    f"{self.name} has no column {column!r} in obs; its columns are {has}; name the one with {what} "
+                    f"(--{flag}-column)"
+                )
+
+    def read_joinids(self) -> np.ndarray | None:
+        """Read soma_joinid, if it is there and whole numbers."""
+        if "soma_joinid" not in self.obs_columns:
+            return None
+        ids = self._read_columns(["soma_joinid"])["soma_joinid"]
+        return ids.to_numpy(np.int64) if pd.api.types.is_integer_dtype(ids) and not ids.isna().any() else None
+
+    def read_obs(self, names: Iterable[str], columns: H5adColumns) -> dict[str, Any]:
+        """Read what is said of the cells: ``is_primary_data``, and the columns of text as categoricals."""
+        place = {name: columns.of(name) for name in (*names, "is_primary_data")}
+        there = self._read_columns([column for column in place.values() if column in self.obs_columns])
+        result: dict[str, Any] = {}
+        for name, column in place.items():
+            if name == "is_primary_data":
+                result[name] = self._truths(there[column]) if column in there else np.ones(self.n_cells, bool)
+            elif column in there:
+                result[name] = _categories(there[column])
+            else:
+                value = pd.Index([self.path.stem if name == "dataset_id" else UNKNOWN])
+                result[name] = pd.Categorical.from_codes(np.zeros(self.n_cells, np.int8), value)
+        return result
+
+    def _truths(self, values: pd.Series) -> np.ndarray:
+        if values.dtype == bool:
+            return values.to_numpy()
+        truths = values.astype(str).str.lower().map({"true": True, "1": True, "false": False, "0": False})
+        if truths.isna().any():
+            n_cells = truths.isna().sum()
+            raise SourceError(f"{self.name}: is_primary_data is neither true nor false for {n_cells:,} cells")
+        return truths.to_numpy(bool)
+
+    def _read_columns(self, names: Iterable[str]) -> pd.DataFrame:
+        with _opened(self.path, self.modern) as file:
+            obs = file["obs"]
+            if obs.attrs.get("encoding-version") == "0.1.0":  # of anndata 0.7: categories lie apart from their column
+                return _read(obs).reset_index(drop=True)
+            return pd.DataFrame({name: _read(obs[name]) for name in names}, index=pd.RangeIndex(self.n_cells))
+
+    def read_counts(self, rows: np.ndarray) -> Iterator[sparse.csr_array]:
+        """Read the counts of some cells, ascending, some at a time, (n, t) float32."""
+        if len(rows):
+            with _opened(self.path, self.modern) as file:
+                for part in self._parts(file[self.place], rows):
+                    yield self._checked(part)
+
+    def _parts(self, matrix: h5py.Group | h5py.Dataset, rows: np.ndarray) -> Iterator[sparse.csr_array]:
+        if _kind(matrix) == "csr":
+            return _parts_of_csr(matrix, rows, len(self.genes))
+        if _kind(matrix) == "dense":
+            return _parts_of_dense(matrix, rows)
+        with self._lock:  # of several threads only one reads it
+            return iter([self._whole[rows]])
+
+    @cached_property
+    def _whole(self) -> sparse.csr_array:
+        """All cells of a file that keeps them by gene, in which one cell cannot be found without reading all."""
+        print(f"{self.name} keeps {self.counts} by gene (CSC): all of it is read into memory", file=sys.stderr)
+        with _opened(self.path, self.modern) as file:
+            by_gene = sparse_dataset(file[self.place]).to_memory()
+            by_gene.check_format()
+            return sparse.csr_array(by_gene)
+
+    def _checked(self, part: sparse.csr_array) -> sparse.csr_array:
+        part = part.astype(np.float32, copy=False)
+        n_bad = np.count_nonzero(~(part.data >= 0) | np.isinf(part.data))
+        if n_bad:
+            raise SourceError(
+                f"{self.name}: {n_bad:,} of {part.nnz:,} values read from {self.counts} are negative or not finite, so "
+                f"they are normalised or scaled; raw counts are needed{self._elsewhere}"
+            )
+        if not self._told.is_set() and (part.data != np.rint(part.data)).any():
+            self._told.set()
+            largest = part.data.max()
+            print(
+                f"{self.name}: {self.counts} has counts that are not whole numbers; they are kept as they are"
+                if largest >= _LARGEST_NORMALIZED
+                else f"{self.name}: {self.counts} looks normalised already (its values are not whole numbers, and the "
+                f"largest of the first cells is {largest:.3g}); it is taken for raw counts{self._elsewhere}",
+                file=sys.stderr,
+            )
+        part.sum_duplicates()
+        part.eliminate_zeros()
+        return part
+
+    @property
+    def _elsewhere(self) -> str:
+        others = ", ".join(self.others)
+        return f"; name another matrix (--counts): it has {others}" if others else "; it has no other matrix"
+
+
+@contextmanager
+def _opened(path: Path, modern: h5py.File | None = None) -> Iterator[h5py.File]:
+    if modern is not None:
+        yield modern
+        return
+    try:
+        with h5py.File(path) as file:
+            yield file
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # h5py and anndata have no error of their own: a damaged file makes them raise anything
+        raise SourceError(f"{path} cannot be read as h5ad, it may be damaged ({error})") from error
+
+
+def _read(element: h5py.Group | h5py.Dataset) -> Any:
+    with warnings.catch_warnings(action="ignore", category=anndata.OldFormatWarning):
+        return read_elem(element)
+
+
+def _modernized(path: Path) -> h5py.File:
+    """Bring a file from before anndata 0.7, which can only be read whole, into today's form."""
+    modern = h5py.File(io.BytesIO(), "w")
+    with warnings.catch_warnings(action="ignore"):  # about the old form
+        write_elem(modern, "/", anndata.read_h5ad(path))
+    return modern
+
+
+def _matrices(file: h5py.File) -> dict[str, tuple[str, str]]:
+    """Find the matrices of a file: for each name its place and that of its genes."""
+    places = [(name, f"layers/{name}", "var") for name in file.get("layers", ())]
+    places += [("X", "X", "var"), ("raw", "raw/X", "raw/var")]
+    return {name: (place, var) for name, place, var in places if place in file and _kind(file[place]) is not None}
+
+
+def _kind(matrix: h5py.Group | h5py.Dataset) -> str | None:
+    """Tell how a matrix is kept: by cell, by gene, in full; None if it is none."""
+    if isinstance(matrix, h5py.Dataset):
+        return "dense" if matrix.ndim == 2 else None
+    return {"csr_matrix": "csr", "csc_matrix": "csc"}.get(matrix.attrs.get("encoding-type"))
+
+
+def _genes(name: str, var: pd.DataFrame, column: str | None) -> pd.DataFrame:
+    if column is not None and column not in var:
+        has = ", ".join(map(str, var.columns)) or "none"
+        raise SourceError(f"{name} has no column {column!r} in var; its columns are {has} (--gene-column)")
+    column = column or ("feature_id" if "feature_id" in var else None)
+    ids = _texts(var[column] if column else var.index, var.index)
+    names = next((var[each] for each in _NAME_COLUMNS if each in var), ids)
+    genes = {"feature_id": ids, "feature_name": _texts(names, ids)}
+    if "feature_type" in var:
+        genes["feature_type"] = _texts(var["feature_type"], np.full(len(var), UNKNOWN))
+    return pd.DataFrame(genes)
+
+
+def _texts(values: Any, instead: Any) -> np.ndarray:
+    """Return values as text, with another's in place of missing ones."""
+    values = np.asarray(values, object)
+    return np.where(pd.isna(values), np.asarray(instead, object), values).astype(str).astype(object)
+
+
+def _categories(values: pd.Series) -> pd.Categorical:
+    """Return values as categories of text, the missing ones as "unknown"."""
+    codes, different = pd.factorize(values)
+    texts = pd.Categorical([*(str(value) or UNKNOWN for value in different), UNKNOWN])
+    every = pd.Categorical.from_codes(texts.codes[codes], texts.categories)  # -1, missing, is the last: unknown
+    return every.remove_unused_categories()
+
+
+def _stretches(start_n: np.ndarray, stop_n: np.ndarray) -> list[slice]:
+    """Cut cells, given the places of their first and past their last values, into stretches to be read in one go."""
+    far = (start_n[1:] - stop_n[:-1] > _GAP) | (np.diff(start_n // _VALUES_AT_A_TIME) > 0)
+    ends = [0, *(np.flatnonzero(far) + 1).tolist(), len(start_n)]
+    return [slice(low, high) for low, high in itertools.pairwise(ends)]
+
+
+def _parts_of_csr(matrix: h5py.Group, rows: np.ndarray, n_genes: int) -> Iterator[sparse.csr_array]:
+    first = int(rows[0])
+    ends = matrix["indptr"][first : int(rows[-1]) + 2].astype(np.int64)
+    for stretch in _stretches(ends[rows - first], ends[rows - first + 1]):
+        low, high = rows[stretch][0] - first, rows[stretch][-1] - first + 1
+        start, stop = int(ends[low]), int(ends[high])
+        values = (matrix["data"][start:stop], matrix["indices"][start:stop], ends[low : high + 1] - start)
+        part = sparse.csr_array(values, shape=(high - low, n_genes))
+        part.check_format()  # before anything is looked up in it
+        yield part if stretch.stop - stretch.start == high - low else part[rows[stretch] - first - low]
+
+
+def _parts_of_dense(matrix: h5py.Dataset, rows: np.ndarray) -> Iterator[sparse.csr_array]:
+    n_genes = matrix.shape[1]
+    for stretch in _stretches(rows * n_genes, (rows + 1) * n_genes):
+        low, high = int(rows[stretch][0]), int(rows[stretch][-1]) + 1
+        yield sparse.csr_array(matrix[low:high][rows[stretch] - low])

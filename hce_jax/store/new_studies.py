@@ -1,0 +1,376 @@
+"""Cells of studies that a store does not know, kept as h5ad files with raw counts, to evaluate models on."""
+
+import dataclasses
+import json
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+import anndata
+import h5py
+import numpy as np
+import pandas as pd
+import xxhash
+from anndata.io import sparse_dataset, write_elem
+from scipy import sparse
+
+from hce_jax.errors import OntologyError, StoreError
+from hce_jax.files import written_aside
+from hce_jax.hierarchy.cell_ontology import CellOntology
+from hce_jax.preprocess.genes import GeneAlignment
+from hce_jax.store.cell_source import TERM_COLUMN, TEXT_COLUMNS, CellSource
+from hce_jax.store.schema import LABEL_COLUMN, SideFiles
+from hce_jax.store.selection import Rules, Step, Steps, _joined, _refuse_unknown
+from hce_jax.store.threads import Tick, run_in_threads
+from hce_jax.store.work_folder import _locked, named_in_errors, open_work_folder, work_path
+
+#: Says what is in the folder, and why.
+ABOUT_FILE = "new_studies.json"
+#: Cells of a file, as published.
+CELLS_PER_CHUNK = 131_072
+#: Cells read and written at a time.
+_CELLS_AT_A_TIME = 4_096
+#: Fewer of the store's genes are worth a warning.
+_FEW_GENES = 0.5
+#: How the matrix of a file is kept. Bytes are shuffled: half as large and twice as fast as gzip alone.
+_STORAGE = {
+    "compression": "gzip",
+    "compression_opts": 1,
+    "shuffle": True,
+    "chunks": (1 << 16,),
+    "indptr_dtype": np.int64,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class NewStudies:
+    """Cells of new studies that were written.
+
+    Attributes
+    ----------
+    folder
+        Where they are.
+    chunks
+        Number of files.
+    cells
+        Number of cells.
+    studies
+        Cells of each study.
+    steps
+        What each rule left, the first being all cells of the source.
+    left_out_types
+        Cells by label that were left out because no type of the store is meant.
+    """
+
+    folder: Path
+    chunks: int
+    cells: int
+    studies: dict[str, int]
+    steps: tuple[Step, ...]
+    left_out_types: dict[str, int]
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        """Cells that each rule left out."""
+        pairs = zip(self.steps[:-1], self.steps[1:], strict=True)
+        return {after.rule: before.cells - after.cells for before, after in pairs}
+
+    def report(self) -> str:
+        """Say what was chosen, in lines for a person."""
+        lines = [f"{'cells':>15}   left after each rule"]
+        lines += [f"{step.cells:15,}   {step.rule}" for step in self.steps]
+        lines += [f"left out    {label}: {n_cells:,}" for label, n_cells in self.left_out_types.items()]
+        lines += [f"study       {study}: {n_cells:,}" for study, n_cells in self.studies.items()]
+        return "\n".join([*lines, f"files       {self.chunks:,} in {self.folder}"])
+
+
+def write_new_studies(
+    source: CellSource,
+    side: SideFiles,
+    known_datasets: Collection[str],
+    destination: str | Path,
+    *,
+    ontology: CellOntology,
+    assays: tuple[str, ...] | None,
+    chunk_cells: int = CELLS_PER_CHUNK,
+    force: bool = False,
+) -> NewStudies:
+    """Write the cells of new studies whose type is one of a store's, with the store's genes and labels.
+
+    ``chunk_0.h5ad``, ``chunk_1.h5ad``, ... have raw counts (CSR, float32) in X, and in obs what the source says of the
+    cells. Types are compared by what their Cell Ontology ids or labels stand for in one release. An interrupted call is
+    taken up by the next one; finished files are not read again.
+
+    Parameters
+    ----------
+    source
+        Where the cells are.
+    side
+        The store's genes and types.
+    known_datasets
+        Studies that are not new.
+    destination
+        Folder to be; it appears when it is complete.
+    ontology
+        Says which type a label or an id stands for.
+    assays
+        Only cells measured in one of these ways; None: in any.
+    chunk_cells
+        Cells of a file.
+    force
+        Make it anew: remove what is there under this name, and what an interrupted call left.
+
+    Raises
+    ------
+    StoreError
+        If the destination is there already, or cannot be written.
+    SourceError
+        If no cell is left, which says after which rule, no cell has one of the assays, or the source cannot be read.
+    OntologyError
+        If the ontology lacks a type of the store.
+
+    Examples
+    --------
+    >>> with CensusSource("2023-12-15") as source:  # doctest: +SKIP
+    ...     write_new_studies(source, open_store("store").side, known, "ood", ontology=ontology, assays=None).cells
+    2600000
+    """
+    destination = Path(destination)
+    if destination.exists() and not force:
+        raise StoreError(f"{destination} is there already; --force-download makes it anew")
+    plan = _Plan.make(source, side, known_datasets, ontology, assays, chunk_cells)
+    if force:
+        _remove(destination)
+    with open_work_folder(destination, plan.settings(), dict.fromkeys(plan.chunks, Path("/"))) as work:
+        finished = work.finished()
+        missing = [name for name in plan.chunks if name not in finished]
+        n_missing = sum(len(plan.chunks[name]) for name in missing)
+
+        def make(name: str, tick: Tick) -> None:
+            work.finish(name, lambda path: plan.write_chunk(name, path, tick))
+
+        run_in_threads("new studies", make, missing, 1, done=len(plan.obs) - n_missing, total=len(plan.obs))
+        with named_in_errors(work.store / ABOUT_FILE) as path, written_aside(path) as aside:
+            aside.write_text(json.dumps(plan.describe(), indent=1) + "\n", encoding="utf-8")
+        work.publish(destination)
+    return NewStudies(destination, len(plan.chunks), len(plan.obs), plan.studies, plan.steps, plan.left_out_types)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """What there is to write.
+
+    Attributes
+    ----------
+    source, side, ontology
+        As given.
+    cl_ids
+        Ids of the store's types in the ontology's release.
+    alignments
+        Where the source's genes lie among the store's.
+    obs
+        The cells to write, in the order of the source; the categories of ``cell_type`` are the store's labels.
+    steps, left_out_types
+        As in :class:`NewStudies`.
+    chunk_cells
+        Cells of a file.
+    n_known, assays
+        Number of studies that are not new, and the assays asked for.
+    """
+
+    source: CellSource
+    side: SideFiles
+    ontology: CellOntology
+    cl_ids: tuple[str, ...]
+    alignments: dict[str, GeneAlignment]
+    obs: pd.DataFrame
+    steps: tuple[Step, ...]
+    left_out_types: dict[str, int]
+    chunk_cells: int
+    n_known: int
+    assays: tuple[str, ...] | None
+
+    @staticmethod
+    def make(
+        source: CellSource,
+        side: SideFiles,
+        known_datasets: Collection[str],
+        ontology: CellOntology,
+        assays: tuple[str, ...] | None,
+        chunk_cells: int,
+    ) -> "_Plan":
+        """Choose the cells, and find the genes."""
+        cl_ids = _ids_of_types(side, ontology)
+        alignments = source.align(side.gene_ids, side.gene_names)
+        for title, alignment in alignments.items():
+            if alignment.n_found < _FEW_GENES * side.n_genes:
+                few = f"only {alignment.n_found:,} of the store's {side.n_genes:,} genes; the others are 0 in its cells"
+                print(f"{title} has {few}", file=sys.stderr)
+        steps, left_out, seen = Steps(), Counter[str](), {"dataset_id": set[str](), "assay": set[str]()}
+        types = _Types(cl_ids, side.labels, ontology)
+        batches = list(_chosen_batches(source, frozenset(known_datasets), assays, types, steps, left_out, seen))
+        _refuse_unknown(Rules(assays=assays), seen | {"tissue_general": set()}, source.title)
+        steps.refuse_none()
+        obs = _joined(batches)
+        left_out_types = dict(left_out.most_common())
+        n_known = len(known_datasets)
+        return _Plan(
+            source, side, ontology, cl_ids, alignments, obs, steps.table(), left_out_types, chunk_cells, n_known, assays
+        )
+
+    @property
+    def chunks(self) -> dict[str, range]:
+        """Which of the cells go into which file."""
+        n_cells = len(self.obs)
+        starts = range(0, n_cells, self.chunk_cells)
+        return {
+            f"chunk_{number}.h5ad": range(start, min(start + self.chunk_cells, n_cells))
+            for number, start in enumerate(starts)
+        }
+
+    @property
+    def studies(self) -> dict[str, int]:
+        """Cells of each study."""
+        counts = self.obs["dataset_id"].value_counts()
+        return {str(study): int(n_cells) for study, n_cells in counts.items() if n_cells}
+
+    def settings(self) -> dict[str, Any]:
+        """Return what must be the same when the work is taken up again."""
+        digest = xxhash.xxh3_64(np.ascontiguousarray(self.obs["row"].to_numpy()).data)
+        for names in (self.side.gene_ids, self.side.gene_names, self.side.labels, self.cl_ids):
+            digest.update("\n".join(names).encode())
+        digest.update(self.obs[LABEL_COLUMN].cat.codes.to_numpy().tobytes())
+        return {
+            "source": self.source.about(),
+            "chunk_cells": self.chunk_cells,
+            "choice of cells, and genes": digest.hexdigest(),
+        }
+
+    def describe(self) -> dict[str, Any]:
+        """Return what new_studies.json says."""
+        return {
+            "source": {"title": self.source.title, **self.source.about()},
+            "ontology": str(self.ontology),
+            "assays": self.assays,
+            "known_studies": self.n_known,
+            "left_after_each_rule": {step.rule: step.cells for step in self.steps},
+            "left_out_types": self.left_out_types,
+            "studies": self.studies,
+            "genes": {
+                title: {"found": alignment.n_found, "of": alignment.n_genes, "by": alignment.by}
+                for title, alignment in self.alignments.items()
+            },
+            "chunks": {name: len(cells) for name, cells in self.chunks.items()},
+        }
+
+    def write_chunk(self, name: str, path: Path, tick: Tick) -> dict[str, Any]:
+        """Write one file; memory holds some of its cells at a time."""
+        cells = self.chunks[name]
+        with written_aside(path) as aside:
+            anndata.AnnData(obs=self._obs(cells), var=self._var()).write_h5ad(aside)
+            with h5py.File(aside, "r+") as file:
+                write_elem(
+                    file, "X", sparse.csr_array((0, self.side.n_genes), dtype=np.float32), dataset_kwargs=_STORAGE
+                )
+                matrix = sparse_dataset(file["X"])
+                for counts in self._counts(cells):
+                    matrix.append(counts)
+                    tick(counts.shape[0])
+            return {"bytes": aside.stat().st_size}
+
+    def _counts(self, cells: range) -> Iterator[sparse.csr_array]:
+        rows = self.obs["row"].to_numpy()
+        for start in range(cells.start, cells.stop, _CELLS_AT_A_TIME):
+            stop = min(start + _CELLS_AT_A_TIME, cells.stop)
+            yield self.source.read_counts(rows[start:stop], self.alignments)
+
+    def _obs(self, cells: range) -> pd.DataFrame:
+        obs = self.obs.iloc[cells.start : cells.stop]
+        texts: dict[str, Any] = {name: obs[name].cat.remove_unused_categories() for name in TEXT_COLUMNS}
+        code_n = obs[LABEL_COLUMN].cat.codes.to_numpy()
+        texts[TERM_COLUMN] = pd.Categorical(np.array(self.cl_ids, object)[code_n])
+        return (
+            obs[["soma_joinid", "is_primary_data"]].assign(**texts).set_index(obs["soma_joinid"].astype(str).to_numpy())
+        )
+
+    def _var(self) -> pd.DataFrame:
+        var = {"feature_id": self.side.gene_ids, "feature_name": self.side.gene_names}
+        return pd.DataFrame(var, index=list(self.side.gene_ids))
+
+
+def _ids_of_types(side: SideFiles, ontology: CellOntology) -> tuple[str, ...]:
+    """Find the store's types in the ontology."""
+    cl_ids = ontology.resolve(side.cl_ids or side.labels).cl_ids
+    for cl_id, times in Counter(cl_ids).items():
+        if times > 1:
+            same = " and ".join(label for label, each in zip(side.labels, cl_ids, strict=True) if each == cl_id)
+            raise OntologyError(
+                f"{ontology}: {same}, different types of {side.path}, are both {cl_id}; name another release"
+            )
+    return cl_ids
+
+
+class _Types:
+    """Which type of a store the labels and ids of a source stand for."""
+
+    def __init__(self, cl_ids: tuple[str, ...], labels: tuple[str, ...], ontology: CellOntology):
+        self._code_of_id = {cl_id: code for code, cl_id in enumerate(cl_ids)}
+        self._labels: pd.Index = pd.Index(labels)
+        self._ontology = ontology
+        self._code_of_name: dict[str, int] = {}
+
+    def of(self, batch: pd.DataFrame) -> pd.Categorical:
+        """Return the store's label of each cell, missing where it is none of the store's."""
+        names = batch[TERM_COLUMN if TERM_COLUMN in batch else LABEL_COLUMN].cat
+        code_of_category = np.array([self._code(name) for name in names.categories], np.int64)
+        return pd.Categorical.from_codes(code_of_category[names.codes], self._labels)
+
+    def _code(self, name: str) -> int:
+        if name not in self._code_of_name:
+            found = self._ontology.find(name)
+            self._code_of_name[name] = -1 if found is None else self._code_of_id.get(found.cl_id, -1)
+        return self._code_of_name[name]
+
+
+def _chosen_batches(
+    source: CellSource,
+    known_datasets: frozenset[str],
+    assays: tuple[str, ...] | None,
+    types: _Types,
+    steps: Steps,
+    left_out: Counter[str],
+    seen: dict[str, set[str]],
+) -> Iterator[pd.DataFrame]:
+    for batch in source.obs_batches():
+        for name, values in seen.items():
+            values.update(batch[name].unique())
+        steps.count(f"in {source.title}", batch[LABEL_COLUMN])
+        batch = batch[batch["is_primary_data"]]
+        steps.count("primary data", batch[LABEL_COLUMN])
+        if assays is not None:
+            batch = batch[batch["assay"].isin(assays)]
+            steps.count("of these assays", batch[LABEL_COLUMN])
+        batch = batch[~batch["dataset_id"].isin(known_datasets)]
+        steps.count("of new studies", batch[LABEL_COLUMN])
+        label_n = types.of(batch)
+        ours = label_n.codes >= 0
+        counts = batch[LABEL_COLUMN][~ours].value_counts()
+        left_out.update({str(label): int(n_cells) for label, n_cells in counts.items() if n_cells})
+        batch = batch.assign(**{LABEL_COLUMN: label_n})[ours]
+        steps.count("of the store's types", batch[LABEL_COLUMN])
+        yield batch[["row", "soma_joinid", "is_primary_data", *TEXT_COLUMNS]]
+
+
+def _remove(destination: Path) -> None:
+    """Remove new studies, and what an interrupted call left of them."""
+    with _locked(work_path(destination)), named_in_errors(destination):
+        if destination.exists():
+            ours = [*destination.glob("chunk_*.h5ad"), destination / ABOUT_FILE]
+            strangers = sorted(set(destination.iterdir()) - set(ours))
+            if strangers:
+                raise StoreError(f"{destination} also holds {strangers[0].name}, which is not to be lost; move it away")
+            shutil.rmtree(destination)
+        shutil.rmtree(work_path(destination))

@@ -1,0 +1,65 @@
+"""The verb new-studies."""
+
+import argparse
+from pathlib import Path
+
+from hce_jax.errors import ConfigError
+from hce_jax.hierarchy.cell_ontology import CellOntology
+from hce_jax.store import open_store
+from hce_jax.store.new_studies import write_new_studies
+from hce_jax.store.selection import PUBLISHED_ASSAYS
+from hce_jax.verbs import sources
+
+PURPOSE = "collect the cells of studies that a store does not know, to evaluate on"
+
+
+def describe(parser: argparse.ArgumentParser) -> None:
+    """Add its description and its arguments."""
+    parser.description = (
+        "Write the cells of studies that a store was not built from, with the store's genes and of its types, as h5ad "
+        "files with raw counts. Interrupted, the same command goes on with what is not finished."
+    )
+    parser.add_argument("store", metavar="STORE", help="folder of the store")
+    parser.add_argument("destination", metavar="DESTINATION", help="folder of the files; must not exist yet")
+    sources.describe(parser)
+    parser.add_argument(
+        "--old-census",
+        metavar="VERSION",
+        help="the Census whose studies are not new; if not given, the studies that the store's source had",
+    )
+    parser.add_argument(
+        "--assays", nargs="+", metavar="NAME", default=list(PUBLISHED_ASSAYS), help="the seven of 10x; or any"
+    )
+    parser.add_argument(
+        "--ontology",
+        metavar="RELEASE",
+        help="release of the Cell Ontology that cellxgene-ontology-guide carries, or an OBO file; 2026-03-26",
+    )
+    parser.add_argument("--force-download", action="store_true", help="make anew what is there")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Do it, and say what was found."""
+    side = open_store(arguments.store).side
+    if arguments.old_census:
+        from hce_jax.census import dataset_ids, open_census
+
+        with open_census(arguments.old_census) as old:
+            known = dataset_ids(old)
+    elif (known := side.about.get("source_datasets")) is None:
+        raise ConfigError(
+            f"{arguments.store} does not say from which studies it was chosen; name its Census: --old-census "
+            "2023-05-15 for the published store"
+        )
+    ontology = CellOntology.open(arguments.ontology)
+    with sources.opened(arguments) as source:
+        found = write_new_studies(
+            source,
+            side,
+            known,
+            Path(arguments.destination),
+            ontology=ontology,
+            assays=sources.unless_any(arguments.assays),
+            force=arguments.force_download,
+        )
+    print(found)
