@@ -5,13 +5,16 @@ import re
 import subprocess
 import sys
 import tomllib
+import types
 from pathlib import Path
 
 import pytest
 from messages import one_line_error
 from stores import write_tiny_store
+from verbs import in_process
 
 import hce_jax.__main__
+import hce_jax.verbs.convert
 from hce_jax import command
 from hce_jax.errors import ConfigError
 
@@ -65,7 +68,7 @@ def test_convert_reports_what_it_did_and_what_comes_next(folder):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ((), "a verb is needed; there is convert, find-lr (see python -m hce_jax --help)"),
+        ((), "a verb is needed; there is build-store, convert, new-studies, ontology, find-lr (see"),
         (("conver",), "no verb 'conver'; there is convert (see"),
         (("convert",), "required: SOURCE, DESTINATION; see python -m hce_jax convert --help"),
         (("convert", "merlin", "new", "--verifi"), "unrecognized arguments: --verifi; see python -m hce_jax convert"),
@@ -104,18 +107,6 @@ def test_find_lr_suggests_a_learning_rate_and_draws_how_the_loss_went(folder, tm
         assert re.search(f"^{line}$", done.stdout, re.MULTILINE), (line, done.stdout)
     assert [path.name for path in tmp_path.iterdir()] == ["find_lr_linear.png"]
     assert not (folder / "merlin" / "tb_logs").exists()
-
-
-def in_process(monkeypatch, capsys, *arguments):
-    """Return what a verb printed; quicker than a process of its own where the verb needs jax."""
-    monkeypatch.setattr(sys, "argv", ["hce_jax", *arguments])
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    try:
-        hce_jax.__main__.main()
-    except SystemExit as end:
-        done = capsys.readouterr()
-        return one_line_error(subprocess.CompletedProcess(arguments, end.code, done.out, done.err))
-    return capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -173,7 +164,7 @@ def test_an_interrupted_verb_says_what_is_kept_and_has_exit_130(folder, monkeypa
         raise KeyboardInterrupt("interrupted; 3 of 5 files are finished")
 
     monkeypatch.setattr(os, "_exit", sys.exit)
-    monkeypatch.setattr(hce_jax.__main__, "convert", interrupted)
+    monkeypatch.setattr(hce_jax.verbs.convert, "convert", interrupted)
     monkeypatch.setattr(sys, "argv", ["hce_jax", "convert", "a", "b"])
     with pytest.raises(SystemExit) as ended:
         hce_jax.__main__.main()
@@ -183,8 +174,10 @@ def test_an_interrupted_verb_says_what_is_kept_and_has_exit_130(folder, monkeypa
 
 def test_hyphens_and_underscores_are_alike_but_not_in_values(monkeypatch):
     said = {}
-    verb = hce_jax.__main__.Verb(
-        "", lambda parser: parser.add_argument("--gene-column"), lambda arguments: said.update(vars(arguments))
+    verb = types.SimpleNamespace(
+        PURPOSE="",
+        describe=lambda parser: parser.add_argument("--gene-column"),
+        run=lambda arguments: said.update(vars(arguments)),
     )
     monkeypatch.setitem(hce_jax.__main__.VERBS, "build-store", verb)
     for arguments in (["build_store", "--gene_column=my_name"], ["build-store", "--gene-column", "my_name"]):

@@ -6,7 +6,6 @@ Both are imported when a Census is opened, since that takes seconds.
 import contextlib
 import dataclasses
 import importlib.metadata
-import logging
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -197,8 +196,9 @@ def _open_folder(folder: Path) -> Census:
 
 
 def _published(version: str) -> str:
-    """Return the date of a published version, of which "stable" and the like are other names."""
-    cellxgene_census = _cellxgene_census()
+    """Return the date of a published version; asked for as "stable", cellxgene_census would print it."""
+    import cellxgene_census
+
     try:
         directory = cellxgene_census.get_census_version_directory()
     except OSError as error:  # every exception of requests is one
@@ -220,9 +220,9 @@ def _published(version: str) -> str:
 
 
 def _open(uri: str | None, version: str | None, name: str, remote: bool) -> Census:
+    import cellxgene_census
     import tiledbsoma
 
-    cellxgene_census = _cellxgene_census()
     title = Census(None, version, name, remote).title
     try:
         context = cellxgene_census.get_default_soma_context(_TILEDB)
@@ -235,13 +235,6 @@ def _open(uri: str | None, version: str | None, name: str, remote: bool) -> Cens
     except ValueError as error:  # written in a way that it does not know
         raise SourceError(f"cannot open {title} with {_reason(error)}; install a newer tiledbsoma") from error
     return Census(soma, version, name, remote)
-
-
-def _cellxgene_census() -> Any:
-    import cellxgene_census
-
-    logging.getLogger("cellxgene_census").setLevel(logging.ERROR)  # it prints which version is the stable one
-    return cellxgene_census
 
 
 def _how_to_copy(version: str | None = None) -> str:

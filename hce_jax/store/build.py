@@ -390,7 +390,7 @@ def _finish(plan: _Plan, work: WorkFolder, parts: dict[str, np.ndarray]) -> Buil
         child_matrix=plan.reach_cc,
         cl_ids=plan.selection.cl_ids,
     )
-    write_summary(work.store, data_summary(obs), plan.source.title)
+    write_summary(work.store, data_summary(obs))
     records = {name: finished[name] for name in parts}
     _write_about(plan, work.store, built, records)
     if plan.recipe.augmentations is not None:

@@ -1,11 +1,12 @@
 """The verb new-studies."""
 
 import argparse
+import sys
+from collections.abc import Collection
 from pathlib import Path
 
-from hce_jax.errors import ConfigError
 from hce_jax.hierarchy.cell_ontology import CellOntology
-from hce_jax.store import open_store
+from hce_jax.store import SideFiles, open_store
 from hce_jax.store.new_studies import write_new_studies
 from hce_jax.store.selection import PUBLISHED_ASSAYS
 from hce_jax.verbs import sources
@@ -41,16 +42,7 @@ def describe(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Do it, and say what was found."""
     side = open_store(arguments.store).side
-    if arguments.old_census:
-        from hce_jax.census import dataset_ids, open_census
-
-        with open_census(arguments.old_census) as old:
-            known = dataset_ids(old)
-    elif (known := side.about.get("source_datasets")) is None:
-        raise ConfigError(
-            f"{arguments.store} does not say from which studies it was chosen; name its Census: --old-census "
-            "2023-05-15 for the published store"
-        )
+    known = _known_datasets(side, arguments.old_census)
     ontology = CellOntology.open(arguments.ontology)
     with sources.opened(arguments) as source:
         found = write_new_studies(
@@ -62,4 +54,21 @@ def run(arguments: argparse.Namespace) -> None:
             assays=sources.unless_any(arguments.assays),
             force=arguments.force_download,
         )
-    print(found)
+    print(found.report())
+
+
+def _known_datasets(side: SideFiles, old_census: str | None) -> Collection[str]:
+    if old_census:
+        from hce_jax.census import dataset_ids, open_census
+
+        with open_census(old_census) as old:
+            return dataset_ids(old)
+    if (known := side.about.get("source_datasets")) is not None:
+        return known
+    known = side.lookup("dataset_id")
+    print(
+        f"{side.path} does not say which studies it was chosen from: new are those but the {len(known):,} that it has "
+        "cells of; --old-census VERSION names the Census it was chosen from (2023-05-15 for the published store)",
+        file=sys.stderr,
+    )
+    return known

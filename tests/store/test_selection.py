@@ -120,7 +120,7 @@ PUBLISHED = Rules(below="CL:0000003", min_cells=40, min_tech_samples=10, min_anc
     [
         {},
         {"primary": False, "assays": None},
-        {"assays": ("Smart-seq2", "10x 3' v3"), "tissues": ("blood", "liver"), "min_tech_samples": 6},
+        {"assays": ("Smart-seq2", "10x 3' v2"), "tissues": ("blood", "liver"), "min_tech_samples": 6},
         {"below": None, "min_cells": 300},
         {"min_ancestors": 9},
         {"min_cells": 0, "min_tech_samples": 0, "min_ancestors": 0, "below": None},
