@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -205,6 +206,10 @@ class _Plan:
         Of the selection, with the column ``split``.
     shuffle
         Where each cell goes.
+    reach_cc, splits_from
+        Reachability matrix, and what decided about the splits.
+    reading
+        Held by the thread that reads: a source uses several processors itself, and reading takes most memory.
     """
 
     source: CellSource
@@ -217,6 +222,7 @@ class _Plan:
     shuffle: Shuffle
     reach_cc: np.ndarray
     splits_from: str
+    reading: threading.Lock = dataclasses.field(default_factory=threading.Lock)
 
     @staticmethod
     def make(
@@ -296,7 +302,9 @@ class _Plan:
     def read(self, numbers: np.ndarray) -> Block:
         """Read and pack the cells with these numbers."""
         rows = self.obs["row"].to_numpy()[numbers]
-        return Block.of_counts(self.source.read_counts(rows, self.alignments), {})
+        with self.reading:
+            counts = self.source.read_counts(rows, self.alignments)
+        return Block.of_counts(counts, {})
 
     def columns(self, numbers: np.ndarray, first_idx: int) -> dict[str, np.ndarray]:
         """Return the integer columns of these cells, of which the first has this place in its split."""

@@ -83,7 +83,7 @@ class Places(NamedTuple):
         [3.0, 0.0, 1.0, 2.0]
         """
         n_cells, n_genes = x.shape
-        ends, last = x.indptr[1:].astype(np.int64), np.arange(1, n_cells + 1) * n_genes - 1
+        ends, last = x.indptr[1:], np.arange(1, n_cells + 1) * n_genes - 1
         at = np.repeat(np.arange(n_cells) * n_genes, np.diff(x.indptr)) + x.indices
         lacking = np.ones(n_cells, bool)
         some = np.diff(x.indptr) > 0

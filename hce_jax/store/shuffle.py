@@ -106,7 +106,9 @@ class Shuffle:
             block = read(numbers)
             blocks.append(block.with_columns({_CELL: numbers, _FINGERPRINT: fingerprints(block)}))
             done(len(numbers))
+        n_empty = sum(int((_expressed(each) == 0).sum()) for each in blocks)
         block = Block.concatenate(blocks)
+        blocks.clear()  # they take as much memory again
         order = np.lexsort((self.place_n[cells], self._bucket(cells)))
         ends = np.cumsum(np.unique(self._bucket(cells), return_counts=True)[1])
         with written_aside(path) as aside:
@@ -114,7 +116,6 @@ class Shuffle:
                 for rows in np.split(order, ends[:-1]):
                     file.write_batch(block.take(rows).cells)
             size = aside.stat().st_size
-        n_empty = sum(int((_expressed(each) == 0).sum()) for each in blocks)
         return {"bytes": size, "empty": n_empty, "cells_as_values": int((block.column("scale") == 0).sum())}
 
     def originals(self, folder: Path) -> np.ndarray:

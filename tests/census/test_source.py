@@ -287,6 +287,7 @@ def test_it_is_closed_at_the_end_and_when_it_cannot_be_used(small, monkeypatch):
     opened = []
     keep = cellxgene_census.open_soma
     monkeypatch.setattr(cellxgene_census, "open_soma", lambda **given: opened.append(keep(**given)) or opened[0])
-    with pytest.raises(SourceError, match="has no mus_musculus"):
+    with pytest.raises(SourceError, match="has no mus_musculus") as caught:
         CensusSource(str(small[0]), "mus_musculus")
     assert opened[0].closed
+    assert caught.tb is not None  # it holds what was opened: nothing was closed by being forgotten

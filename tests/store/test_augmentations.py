@@ -64,10 +64,11 @@ def dense_recipe(x, types, samples, options):
     return np.clip(difference, -options.limit, options.limit), len(groups)
 
 
-def test_the_vectors_are_those_of_the_dense_recipe():
-    cells = drawn_cells()
-    expected, n_groups = dense_recipe(*cells, ALL)
-    found = augmentation_vectors(split_of(*cells), ALL)
+@pytest.mark.parametrize("pairs_per_type", [1, 12, 100], ids=["few groups", "most groups", "all groups"])
+def test_the_vectors_are_those_of_the_dense_recipe(pairs_per_type):
+    cells, options = drawn_cells(), dataclasses.replace(ALL, pairs_per_type=pairs_per_type)
+    expected, n_groups = dense_recipe(*cells, options)
+    found = augmentation_vectors(split_of(*cells), options)
     assert found.vectors.dtype == np.float32
     np.testing.assert_allclose(found.vectors, expected, rtol=0, atol=1e-6)
     assert 0.1 < (expected != 0).mean() < 0.9
@@ -112,11 +113,13 @@ def test_a_store_on_disk_gives_the_same_as_memory(tmp_path):
 
 def test_the_same_seed_gives_the_same_vectors_another_others():
     split = split_of(*drawn_cells())
-    options = dataclasses.replace(ALL, cells=200, clusters=2, vectors=10)
-    first, second = (augmentation_vectors(split, options).vectors for _ in range(2))
-    np.testing.assert_array_equal(first, second)
+    options = AugmentationOptions(cells=300, clusters=8, min_cluster_size=PUBLISHED_PAIRS // 8, vectors=20)
+    found = [augmentation_vectors(split, options) for _ in range(3)]
+    assert 0 < found[0].clusters_kept < found[0].clusters
+    for each in found[1:]:
+        np.testing.assert_array_equal(each.vectors, found[0].vectors)
     other = augmentation_vectors(split, dataclasses.replace(options, seed=2)).vectors
-    assert not np.array_equal(first, other)
+    assert not np.array_equal(found[0].vectors, other)
 
 
 def test_differences_at_the_threshold_vanish_and_beyond_the_limit_are_clipped():

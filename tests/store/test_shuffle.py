@@ -154,13 +154,19 @@ def test_cells_are_read_some_at_a_time_in_the_order_of_the_source(tmp_path, monk
         assert record["cells_as_values"] == is_odd[cells].sum() > 0
 
 
-def test_a_chunk_that_fails_half_way_leaves_nothing(tmp_path):
-    def fail(numbers):
-        raise OSError("no more")
+def test_a_chunk_that_fails_half_way_leaves_nothing(tmp_path, monkeypatch):
+    take, taken = Block.take, []
 
+    def fail_at_the_second_batch(block, rows):
+        taken.append(len(rows))
+        if len(taken) == 2:
+            raise OSError("no more")
+        return take(block, rows)
+
+    monkeypatch.setattr(Block, "take", fail_at_the_second_batch)
     with pytest.raises(OSError, match="no more"):
-        Shuffle.draw(SPLIT, N_GENES, 3).write_chunk(0, tmp_path / "chunk.0.arrow", fail, lambda _: None)
-    assert list(tmp_path.iterdir()) == []
+        first_pass(Shuffle.draw(SPLIT, N_GENES, 3), coded_counts(), tmp_path / "chunks")
+    assert list((tmp_path / "chunks").iterdir()) == []
 
 
 def originals_by_comparison(counts):
