@@ -142,7 +142,7 @@ class CensusSource(CellSource):
     def read_counts(self, rows: np.ndarray, alignments: dict[str, GeneAlignment]) -> sparse.csr_array:
         """Read the raw counts of some cells in our order of genes, (n, g) float32 with sorted indices.
 
-        Beside the result, and the same again while it is put together, this takes about 1 GB.
+        Beside the result, and the same again while it is put together, this takes about half a GB.
 
         Parameters
         ----------

@@ -16,7 +16,7 @@ import anndata
 import h5py
 import numpy as np
 import pandas as pd
-from anndata.io import read_elem, sparse_dataset, write_elem
+from anndata.io import read_elem, write_elem
 from scipy import sparse
 
 from hce_jax.errors import SourceError, UserError
@@ -390,9 +390,11 @@ class _File:
         """All cells of a file that keeps them by gene, in which one cell cannot be found without reading all."""
         print(f"{self.name} keeps {self.counts} by gene (CSC): all of it is read into memory", file=sys.stderr)
         with _opened(self.path, self.modern) as file:
-            by_gene = sparse_dataset(file[self.place]).to_memory()
-            by_gene.check_format()
-            return sparse.csr_array(by_gene)
+            matrix = file[self.place]
+            values = (matrix["data"][:], matrix["indices"][:], matrix["indptr"][:])
+        by_gene = sparse.csc_array(values, shape=(self.n_cells, len(self.genes)))
+        by_gene.check_format()  # else a damaged one may end the process
+        return sparse.csr_array(by_gene)
 
     def _checked(self, part: sparse.csr_array) -> sparse.csr_array:
         part = part.astype(np.float32, copy=False)
@@ -505,7 +507,7 @@ def _parts_of_csr(matrix: h5py.Group, rows: np.ndarray, n_genes: int) -> Iterato
         start, stop = int(ends[low]), int(ends[high])
         values = (matrix["data"][start:stop], matrix["indices"][start:stop], ends[low : high + 1] - start)
         part = sparse.csr_array(values, shape=(high - low, n_genes))
-        part.check_format()  # before anything is looked up in it
+        part.check_format()  # else a damaged one may end the process
         yield part if stretch.stop - stretch.start == high - low else part[rows[stretch] - first - low]
 
 

@@ -94,6 +94,19 @@ def test_counts_are_those_that_anndata_reads(tmp_path, small_reads, kind, compre
         assert (expected == counts_of(rows, range(N_GENES))).all()
 
 
+@pytest.mark.parametrize("kind", [sparse.csr_matrix, sparse.csc_matrix])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.uint32, np.int64])
+def test_places_of_genes_may_be_integers_of_any_kind(tmp_path, kind, dtype):
+    adata = cells_of(range(40))
+    adata.X = kind(adata.X)
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    with h5py.File(tmp_path / "cells.h5ad", "r+") as file:
+        places = file["X/indices"][:]
+        del file["X/indices"]
+        file["X/indices"] = places.astype(dtype)
+    assert (counts(H5adSource.open(tmp_path), [3, 4, 30]) == counts_of([3, 4, 30], range(N_GENES))).all()
+
+
 def test_nothing_but_the_stretches_that_hold_the_cells_is_read(tmp_path, small_reads, monkeypatch):
     cells_of(range(40)).write_h5ad(tmp_path / "cells.h5ad")
     read, get = [], h5py.Dataset.__getitem__

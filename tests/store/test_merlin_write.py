@@ -57,14 +57,15 @@ def test_a_part_has_the_published_columns_and_types(tmp_path):
     assert {schema.field(name).type for name in integers} == {pa.int64()}
 
 
-def test_row_groups_have_the_asked_size_and_only_the_last_of_a_part_is_short(tmp_path):
+@pytest.mark.parametrize(("size", "of_a_part"), [(4, [4, 4, 2]), (3, [3, 3, 3, 1]), (5, [5, 5])], ids=str)
+def test_row_groups_have_the_asked_size_and_only_the_last_of_a_part_is_short(tmp_path, size, of_a_part):
     x, obs = cells_that_betray_misalignment()
-    write_split(tmp_path, x, obs, rows_per_part=10, rows_per_group=4)
+    write_split(tmp_path, x, obs, rows_per_part=10, rows_per_group=size)
     sizes = []
     for part in range(3):
         metadata = pq.read_metadata(tmp_path / f"part.{part}.parquet")
         sizes.append([metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)])
-    assert sizes == [[4, 4, 2], [4, 4, 2], [3]]
+    assert sizes == [of_a_part, of_a_part, [3]]
 
 
 def test_no_more_than_one_row_group_is_made_dense_at_a_time(tmp_path, monkeypatch):
