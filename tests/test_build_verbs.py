@@ -158,7 +158,7 @@ def test_ontology_diff_prints_what_changes(folder, monkeypatch, capsys):
         ),
         (("new", "--census-version=./B", "--below=nerve cells"), "nerve cell"),
         (("new", "--census-version=./B", "--ontology=1999"), "1999"),
-        (("new", "--census-version=./B", "--genes=absent.csv"), "the list of genes absent.csv does not exist"),
+        (("new", "--census-version=./B", "--genes=absent.csv"), "protein-coding or all) absent.csv does not exist"),
         (("new", "--census-version=./B", "--splits=absent.csv"), "the table of splits absent.csv does not exist"),
         (("new", "--census-version=./B", "--augment-vectors=0"), "--augment-vectors"),
         (("new", "--census-version=./B", "--workers=0"), "--workers=0: at least one is needed"),

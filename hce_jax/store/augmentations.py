@@ -128,9 +128,9 @@ def augmentation_vectors(
 
     1. Cells of the subsample are drawn without replacement with weights 1 / (number of cells of the cell's type): those
        with the smallest E / weight, where E is exponentially distributed (Efraimidis and Spirakis, Inf Process Lett
-       2006), which are distributed as if drawn one after the other and cost no more for 15 M cells than sorting out.
-    2. Of each type, pairs of tech_samples in the subsample are drawn without replacement, all if there are not so many.
-       A mean may be that of a single cell, as published.
+       2006). This is distributed as if they were drawn one after the other, and takes a second for 15 M cells.
+    2. Of each type, pairs of tech_samples in the subsample are drawn without replacement, all if there are not so many;
+       s is the one with the smaller code. A mean may be that of a single cell, as published.
     3. The differences are clustered by k-means, from one start of k-means++; the small clusters are left out.
     4. The vectors are drawn from the others, without replacement.
 
@@ -177,10 +177,9 @@ def augmentation_vectors(
                 kept_v, clusters_kept = _draw_vectors(cluster_p, options, rng)
                 vectors = _differences(split, Path(folder))[kept_v].toarray()
         except OSError as error:
-            raise StoreError(
-                f"temporary files in {scratch or tempfile.gettempdir()} cannot be written ({error}); free some space "
-                "there, or name another folder in the environment variable TMPDIR"
-            ) from error
+            remedy = "free some space there" if scratch else "set TMPDIR to a folder where there is space"
+            where = scratch or tempfile.gettempdir()
+            raise StoreError(f"temporary files in {where} cannot be written ({error}); {remedy}") from error
     return Augmentations(vectors, len(cells_m), len(type_k), len(pairs_p2), clusters_kept, clusters)
 
 

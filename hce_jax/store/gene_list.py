@@ -1,12 +1,12 @@
 """The genes of a store to be built."""
 
-import zlib
 from pathlib import Path
 
 import pandas as pd
 
 from hce_jax.errors import SourceError
 from hce_jax.store.cell_source import CellSource
+from hce_jax.store.given_table import read_given_table
 
 #: In place of a file: the genes of the source that code for proteins, or all.
 PROTEIN_CODING, ALL = "protein-coding", "all"
@@ -61,15 +61,7 @@ def gene_list(spec: str, source: CellSource) -> pd.DataFrame:
 
 
 def _read(path: Path, genes: pd.DataFrame) -> pd.DataFrame:
-    if not path.is_file():
-        raise SourceError(f"the list of genes {path} does not exist; --genes is a file, {PROTEIN_CODING!r} or {ALL!r}")
-    try:
-        if path.suffix == ".parquet":
-            table = pd.read_parquet(path)
-        else:
-            table = pd.read_csv(path, dtype=str, keep_default_na=False, na_values=[""])  # a gene may be called NA
-    except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise SourceError(f"the list of genes {path} cannot be read as CSV or parquet ({error})") from error
+    table = read_given_table(path, f"the list of genes (--genes FILE, {PROTEIN_CODING} or {ALL})")
     names = next((column for column in _NAME_COLUMNS if column in table), None)
     if names is None and "feature_id" not in table:
         columns = ", ".join(map(str, table.columns))

@@ -2,13 +2,13 @@
 
 import dataclasses
 import math
-import zlib
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from hce_jax.errors import SourceError
+from hce_jax.store.given_table import read_given_table
 from hce_jax.store.schema import LABEL_COLUMN, SPLITS
 
 #: Shares of the tech_samples, as published.
@@ -50,7 +50,7 @@ class SplitTable:
         >>> SplitTable.read("splits.csv").table["split"].value_counts()  # doctest: +SKIP
         """
         path = Path(path)
-        table = _read(path)
+        table = read_given_table(path, "the table of splits")
         key = next((name for name in _KEYS if name in table), None)
         if key is None or "split" not in table:
             raise SourceError(
@@ -60,6 +60,8 @@ class SplitTable:
         wanted = [key, "split", *([LABEL_COLUMN] if key == "soma_joinid" and LABEL_COLUMN in table else [])]
         if table[wanted].isna().any(axis=None):
             raise SourceError(f"{path} has an empty entry in one of the columns {', '.join(wanted)}")
+        if key == "soma_joinid":
+            table[key] = pd.to_numeric(table[key], errors="coerce")
         if key == "soma_joinid" and not pd.api.types.is_integer_dtype(table[key]):
             raise SourceError(f"{path} has entries in the column {key} that are no whole numbers")
         table = table[wanted].astype({name: str for name in wanted if name != "soma_joinid"})
@@ -93,18 +95,6 @@ class SplitTable:
             named[LABEL_COLUMN] = pd.Categorical(self.table[LABEL_COLUMN].iloc[place[kept]])
             named = named.drop(columns=["cell_type_ontology_term_id"], errors="ignore")
         return named
-
-
-def _read(path: Path) -> pd.DataFrame:
-    if not path.is_file():
-        raise SourceError(f"the table of splits {path} does not exist")
-    as_text = dict.fromkeys((*_KEYS[1:], "split", LABEL_COLUMN), str)  # a donor may be called 007, or NA
-    try:
-        if path.suffix == ".parquet":
-            return pd.read_parquet(path)
-        return pd.read_csv(path, dtype=as_text, keep_default_na=False, na_values=[""])
-    except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise SourceError(f"the table of splits {path} cannot be read as CSV or parquet ({error})") from error
 
 
 def draw_splits(tech_samples: pd.Series, seed: int) -> pd.Categorical:

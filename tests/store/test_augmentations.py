@@ -2,6 +2,7 @@ import collections
 import dataclasses
 import itertools
 import re
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -243,9 +244,14 @@ def test_the_temporary_files_lie_where_asked_and_are_removed(tmp_path, monkeypat
     assert not [*tmp_path.iterdir()]
 
 
-def test_where_temporary_files_cannot_be_written_it_says_so(tmp_path):
-    with pytest.raises(StoreError, match=rf"temporary files in {re.escape(str(tmp_path / 'no'))} cannot .* TMPDIR"):
-        augmentation_vectors(split_of(*drawn_cells()), ALL, scratch=tmp_path / "no")
+@pytest.mark.parametrize("named", [True, False], ids=["in a folder that is named", "in the system's"])
+def test_where_temporary_files_cannot_be_written_it_says_so(tmp_path, monkeypatch, named):
+    absent = tmp_path / "absent"
+    monkeypatch.setattr(tempfile, "tempdir", str(absent))
+    remedy = "free some space there" if named else "set TMPDIR to a folder where there is space"
+    message = rf"temporary files in {re.escape(str(absent))} cannot be written \(.*\); {remedy}$"
+    with pytest.raises(StoreError, match=message):
+        augmentation_vectors(split_of(*drawn_cells()), ALL, scratch=absent if named else None)
 
 
 def test_more_entries_than_k_means_can_index_are_told(monkeypatch):

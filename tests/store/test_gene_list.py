@@ -106,7 +106,7 @@ def test_a_file_that_is_absent_or_damaged_is_named(source, tmp_path):
     with pytest.raises(SourceError) as caught:
         gene_list("protein_coding", source)
     assert str(caught.value) == (
-        "the list of genes protein_coding does not exist; --genes is a file, 'protein-coding' or 'all'"
+        "the list of genes (--genes FILE, protein-coding or all) protein_coding does not exist"
     )
     contents = {"a.csv": b"\xff\xfe\x00bad\x00", "b.parquet": b"PAR1 no parquet PAR1", "c.csv": b"",
                 "d.csv.gz": gzip.compress(b"feature_id\n" + b"a\n" * 1000)[:-9]}  # fmt: skip

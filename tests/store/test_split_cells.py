@@ -95,7 +95,9 @@ def test_names_that_look_like_numbers_or_like_nothing_are_names(tmp_path):
 def test_labels_of_the_table_take_the_place_of_the_cells_own(tmp_path):
     obs = next(MemorySource(many_cells(30)).obs_batches())
     ids = obs["soma_joinid"].tolist()
-    table = pd.DataFrame({"soma_joinid": ids[::-2], "split": "train", "cell_type": np.resize(["NA", "neuron", "T cell"], 15)})
+    table = pd.DataFrame(
+        {"soma_joinid": ids[::-2], "split": "train", "cell_type": np.resize(["NA", "neuron", "T cell"], 15)}
+    )
     table.to_csv(tmp_path / "splits.csv", index=False)
     assigned = SplitTable.read(tmp_path / "splits.csv").assign(obs)
     assert assigned["soma_joinid"].tolist() == ids[1::2]
