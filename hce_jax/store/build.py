@@ -405,7 +405,8 @@ def _finish(plan: _Plan, work: WorkFolder, parts: dict[str, np.ndarray]) -> Buil
         kind = cells.CellStore if plan.recipe.format == cells.FORMAT else MerlinStore
         train = kind(read_side_files(work.store)).split(SPLITS[0])
         augmentations = augmentation_vectors(train, plan.recipe.augmentations, scratch=work.path / SCRATCH)
-        _save(work.store / AUGMENTATIONS_FILE, augmentations.vectors)
+        if len(augmentations.vectors):
+            _save(work.store / AUGMENTATIONS_FILE, augmentations.vectors)
         built = dataclasses.replace(built, augmentations=augmentations)
         _write_about(plan, work.store, built, records)
     return built

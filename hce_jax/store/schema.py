@@ -155,6 +155,8 @@ class SideFiles:
             non-finite value.
         """
         path = self.path / AUGMENTATIONS_FILE
+        if not path.is_file():
+            raise StoreError(f"{path} does not exist; train without: --config.augment_training_data=false")
         vectors = read_array(path)
         if not vectors.size:
             raise StoreError(f"{path} holds no vectors; make some, or pass --config.augment_training_data=false")

@@ -151,6 +151,8 @@ def _report(built: Built, ontology: CellOntology) -> None:
         of = f"{made.pairs:,} differences between {made.groups:,} tech_samples of a type"
         kept = f"{made.clusters_kept} of {made.clusters} clusters kept"
         print(f"augment     {len(made.vectors):,} vectors of {of}, {kept}")
+        if not len(made.vectors):
+            print("note        without vectors, train with --config.augment_training_data=false")
     if built.new_cells:
         rate = built.new_cells / built.seconds
         print(f"time        {built.seconds:,.0f} s for {built.new_cells:,} cells, {rate:,.0f} cells/s")
