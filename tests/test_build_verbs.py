@@ -65,10 +65,11 @@ def test_build_store_says_what_it_did_and_what_comes_next(folder, monkeypatch, c
         r"types       9, Cell Ontology 2026-03-26 from cellxgene-ontology-guide [\d.]+",
         r"genes       120 of 120 are in Census at B",
         r"copies      24 cells have the counts of another cell; \d+ of them would lie in another split",
-        r"augment     [\d,]+ vectors of [\d,]+ differences between \d+ tech_samples of a type, \d+ of \d+ .*",
-        r"time        \d+ s for [\d,]+ cells, [\d,]+ cells/s",
+        r"augment     [\d,]+ vectors of [\d,]+ differences of \d+ means \(of a type in a tech_sample\), \d+ of .*",
+        r"time        \d+ s to read and shuffle [\d,]+ cells, [\d,]+ cells/s",
+        r"note        \d donor_id lie in more than one split, in different studies; .*",
         r"look at     said/data_summary.png",
-        r"next        DATA_PATH=said python train.py --config configs/tabnet_hce.py",
+        rf"next        DATA_PATH={folder}/said python train.py --config configs/tabnet_hce.py --config.batch_size=32",
     ):
         assert re.search(f"^{line}$", said, re.MULTILINE), (line, said)
     assert "of these assays" not in said

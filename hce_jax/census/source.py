@@ -13,7 +13,7 @@ from scipy import sparse
 from hce_jax.census.open import census_facts, open_census
 from hce_jax.errors import SourceError
 from hce_jax.preprocess.genes import GeneAlignment, align_genes
-from hce_jax.store.cell_source import TERM_COLUMN, TEXT_COLUMNS, CellSource
+from hce_jax.store.cell_source import TERM_COLUMN, TEXT_COLUMNS, UNKNOWN, CellSource
 
 #: Cells of a batch of obs.
 _OBS_ROWS = 1 << 17
@@ -21,8 +21,6 @@ _OBS_ROWS = 1 << 17
 _TILE = 2048
 #: Cells whose counts are asked for at a time, give or take a tile.
 _CELLS = 4096
-#: What stands where the Census says nothing.
-_MISSING = "unknown"
 
 
 class CensusSource(CellSource):
@@ -193,7 +191,7 @@ def _in_tiles(rows: np.ndarray) -> list[np.ndarray]:
 
 
 def _text(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    return pc.fill_null(column.cast(pa.large_string()), _MISSING)
+    return pc.fill_null(column.cast(pa.large_string()), UNKNOWN)
 
 
 def _categories(column: pa.ChunkedArray) -> pd.Series:

@@ -102,8 +102,8 @@ class Mapped:
     cl_id, label
         The type's id and current label.
     why
-        Why the name is not simply that: "obsolete, replaced", "merged", "synonym", "letter case" or "synonym, letter
-        case"; empty when it is.
+        Why the name is not simply that: "obsolete, replaced", "merged", "synonym", "letter case or blanks" or "synonym,
+        letter case or blanks"; empty when it is.
     """
 
     given: str
@@ -278,7 +278,7 @@ class CellOntology:
         names
             Labels and ids, mixed as one likes. Beside current ones, what follows is accepted, and recorded: an obsolete
             id or label whose replacement the release names, also without its "obsolete"; an id that was merged into
-            another; an exact synonym; another letter case. Two names may stand for the same type.
+            another; an exact synonym; another letter case or blanks. Two names may stand for the same type.
 
         Returns
         -------
@@ -293,7 +293,7 @@ class CellOntology:
         Examples
         --------
         >>> CellOntology.open().resolve(["neuron", "t cell"]).mapped
-        (Mapped(given='t cell', cl_id='CL:0000084', label='T cell', why='letter case'),)
+        (Mapped(given='t cell', cl_id='CL:0000084', label='T cell', why='letter case or blanks'),)
         """
         found = [self.find(name) for name in names]
         lost = [name for name, one in zip(names, found, strict=True) if one is None]
@@ -402,8 +402,8 @@ class CellOntology:
         return (
             ("", str, _index(labels)),
             ("synonym", str, _index(others)),
-            ("letter case", str.casefold, _index(labels, str.casefold)),
-            ("synonym, letter case", str.casefold, _index(others, str.casefold)),
+            ("letter case or blanks", _loosely, _index(labels, _loosely)),
+            ("synonym, letter case or blanks", _loosely, _index(others, _loosely)),
         )
 
     def _meant(self, name: str) -> tuple[set[str], str]:
@@ -443,6 +443,10 @@ class CellOntology:
         """Write ids for a message, with the labels of those that have one."""
         labels = {cl_id: self.terms[cl_id].label if cl_id in self.terms else "" for cl_id in cl_ids}
         return ", ".join(f"{cl_id} ({label})" if label else cl_id for cl_id, label in labels.items())
+
+
+def _loosely(name: str) -> str:
+    return " ".join(name.split()).casefold()
 
 
 def _index(names: Iterable[tuple[str, str]], key: Callable[[str], str] = str) -> dict[str, set[str]]:

@@ -83,13 +83,13 @@ def align_genes(
     >>> align_genes(["CD8A", "CD4"], ["ENSG00000010610"], ["CD4"]).by
     'feature_name'
     """
-    bare, bare_ids = [*map(_bare, theirs)], [*map(_bare, gene_ids)]
+    bare, bare_ids = [*map(without_version, theirs)], [*map(without_version, gene_ids)]
     best = max((_find(bare, bare_ids, "feature_id"), _find(bare, gene_names, "feature_name")), key=_n_found)
     if not best.n_found:
         raise SourceError(
             f"none of the {len(bare):,} genes of {where} ({_some(bare)}) is among the {len(gene_ids):,} asked for "
             f"({_some(gene_ids)}; by name {_some(gene_names)}); name the column of var that has Ensembl ids or gene "
-            "names (--gene-column), or another list of genes (--genes)"
+            "names (--gene-column), or build with other genes (--genes)"
         )
     found = best.places_t[best.places_t >= 0]
     repeated = [place for place, count in Counter(found.tolist()).items() if count > 1]
@@ -102,7 +102,14 @@ def align_genes(
     return best
 
 
-def _bare(name: str) -> str:
+def without_version(name: str) -> str:
+    """Return an Ensembl gene id without its version, any other name as it is.
+
+    Examples
+    --------
+    >>> without_version("ENSG00000010610.9"), without_version("CD4.1")
+    ('ENSG00000010610', 'CD4.1')
+    """
     return match[1] if (match := _VERSIONED.fullmatch(name)) else name
 
 

@@ -53,7 +53,7 @@ def open_store(path: str | Path) -> Store:
     path = Path(path)
     if not path.is_dir():
         problem = "is not a folder" if path.exists() else "does not exist"
-        raise StoreError(f"the store {path} {problem}; set DATA_PATH to a store's folder")
+        raise StoreError(f"the store {path} {problem}; set DATA_PATH, or name it as STORE, to a store's folder")
     if not (path / STORE_FILE).is_file() and any(path.glob("*/part.*.arrow")):
         raise StoreError(
             f"{path / STORE_FILE} does not exist, but a cell store needs it; take it from a copy of the store"

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -23,7 +22,7 @@ from hce_jax.preprocess.normalize import normalize_log1p
 from hce_jax.store import cells, merlin_write
 from hce_jax.store.augmentations import AugmentationOptions, Augmentations, augmentation_vectors
 from hce_jax.store.block import PACKED_COLUMNS, VALUES, Block
-from hce_jax.store.cell_source import CellSource
+from hce_jax.store.cell_source import UNKNOWN, CellSource, warn_of_few_genes
 from hce_jax.store.gene_list import PROTEIN_CODING, gene_list
 from hce_jax.store.merlin import MerlinStore
 from hce_jax.store.packing import unpack
@@ -48,8 +47,6 @@ _SUFFIX = {cells.FORMAT: "arrow", "merlin": "parquet"}
 #: Integer columns of both kinds.
 _COLUMNS = ("soma_joinid", "is_primary_data", *CATEGORICAL_COLUMNS, "idx")
 _ORIGINALS = f"{SCRATCH}/originals.npy"
-#: A store in which fewer of the genes are measured is worth a warning.
-_FEW_GENES = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +106,8 @@ class Built:
         Genes of the store.
     untrained
         Types without a cell in train.
+    notes
+        What a person should know of the splits.
     augmentations
         What the augmentation vectors were made of; None if there are none.
     new_cells, seconds
@@ -124,6 +123,7 @@ class Built:
     genes_found: dict[str, int]
     n_genes: int
     untrained: tuple[str, ...]
+    notes: tuple[str, ...]
     augmentations: Augmentations | None
     new_cells: int
     seconds: float
@@ -236,10 +236,7 @@ class _Plan:
         """Choose genes and cells, and draw splits and order."""
         genes = gene_list(recipe.genes, source)
         alignments = source.align(list(genes["feature_id"]), list(genes["feature_name"]))
-        for title, alignment in alignments.items():
-            if alignment.n_found < _FEW_GENES * len(genes):
-                few = f"only {alignment.n_found:,} of the store's {len(genes):,} genes; the others are 0 in its cells"
-                print(f"{title} has {few}", file=sys.stderr)
+        warn_of_few_genes(alignments)
         selection = select_cells(source, recipe.rules, ontology, splits)
         print(selection.report(), flush=True)
         obs = selection.obs
@@ -296,7 +293,7 @@ class _Plan:
             "keep_copies": self.recipe.keep_copies,
             "cells_per_part": self.shuffle.cells_per_part,
             "cells_per_chunk": self.shuffle.cells_per_chunk,
-            "choice of cells and genes": digest.hexdigest(),
+            "choice of cells and genes (rules, splits, ontology)": {"xxh3_64": digest.hexdigest()},
         }
 
     def read(self, numbers: np.ndarray) -> Block:
@@ -372,6 +369,9 @@ def _finish(plan: _Plan, work: WorkFolder, parts: dict[str, np.ndarray]) -> Buil
     """Write what goes with the cells, and say what was made."""
     finished, original_n = work.finished(), np.load(work.place(_ORIGINALS))
     chunks = [finished[name] for name in plan.chunk_names if name in finished]
+    n_empty = sum(chunk["empty"] for chunk in chunks)
+    if n_empty == len(plan.obs):
+        raise SourceError(f"none of the {n_empty:,} cells expresses any of the {len(plan.genes):,} genes of the store")
     obs = plan.obs[~plan.dropped(original_n)]
     types = obs[LABEL_COLUMN].cat
     train_c = np.bincount(types.codes[obs["split"] == SPLITS[0]], minlength=len(types.categories))
@@ -380,11 +380,12 @@ def _finish(plan: _Plan, work: WorkFolder, parts: dict[str, np.ndarray]) -> Buil
         selection=plan.selection,
         cells={split: sum(len(part) for name, part in parts.items() if name.startswith(split)) for split in SPLITS},
         copies=_count_copies(plan.shuffle.split_n, original_n),
-        empty=sum(chunk["empty"] for chunk in chunks),
+        empty=n_empty,
         cells_as_values=sum(chunk["cells_as_values"] for chunk in chunks),
         genes_found={title: alignment.n_found for title, alignment in plan.alignments.items()},
         n_genes=len(plan.genes),
         untrained=tuple(types.categories[train_c == 0]),
+        notes=tuple(_notes_on_splits(obs)),
         augmentations=None,
         new_cells=0,
         seconds=0.0,
@@ -410,6 +411,23 @@ def _finish(plan: _Plan, work: WorkFolder, parts: dict[str, np.ndarray]) -> Buil
         built = dataclasses.replace(built, augmentations=augmentations)
         _write_about(plan, work.store, built, records)
     return built
+
+
+def _notes_on_splits(obs: pd.DataFrame) -> Iterator[str]:
+    empty = [split for split in SPLITS if not (obs["split"] == split).any()]
+    if empty:
+        yield f"no cell goes into {' and '.join(empty)}; train.py needs val, evaluate.py --split id needs test"
+    donors = obs["donor_id"].cat
+    unnamed = int((obs["donor_id"] == UNKNOWN).sum())
+    if unnamed:
+        yield f"{unnamed:,} cells have no donor; they count as one donor of their study"
+    pairs = np.unique(donors.codes.to_numpy(np.int64) * len(SPLITS) + obs["split"].cat.codes.to_numpy())
+    several = int((np.bincount(pairs // len(SPLITS)) > 1).sum())
+    if several:
+        yield (
+            f"{several:,} donor_id lie in more than one split, in different studies; if they are the same people, say "
+            "which goes where by donor_id (--splits)"
+        )
 
 
 def _balanced(cells_c: np.ndarray) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Cells with raw counts, wherever they lie: what a store is built from."""
 
 import abc
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -23,6 +24,10 @@ TEXT_COLUMNS = (
 )
 #: The Cell Ontology id of the label; a source may lack this column.
 TERM_COLUMN = "cell_type_ontology_term_id"
+#: What a source says of a cell of which it does not know more.
+UNKNOWN = "unknown"
+#: A source that has fewer of the store's genes is worth a warning.
+_FEW_GENES = 0.5
 
 
 class CellSource(abc.ABC):
@@ -36,6 +41,11 @@ class CellSource(abc.ABC):
     @abc.abstractmethod
     def title(self) -> str:
         """What to call it in messages, e.g. "Census 2023-05-15"."""
+
+    @property
+    def has_joinids(self) -> bool:
+        """Whether ``soma_joinid`` is the source's own, not a running number."""
+        return True
 
     @abc.abstractmethod
     def about(self) -> dict[str, Any]:
@@ -54,7 +64,7 @@ class CellSource(abc.ABC):
         DataFrame
             ``row`` int64; ``soma_joinid`` int64, another for each cell; ``is_primary_data`` bool; the
             :data:`TEXT_COLUMNS` and, where the source has it, :data:`TERM_COLUMN`, all categorical; missing is
-            "unknown".
+            :data:`UNKNOWN`. A source that knows the splits adds ``split``, categorical: train, val, test.
 
         Raises
         ------
@@ -88,3 +98,16 @@ class CellSource(abc.ABC):
         SourceError
             If they cannot be read.
         """
+
+
+def warn_of_few_genes(alignments: dict[str, GeneAlignment]) -> None:
+    """Say on stderr which files have fewer than half of our genes.
+
+    Examples
+    --------
+    >>> warn_of_few_genes({"study.h5ad": GeneAlignment(np.array([0, 1]), 2, "feature_id")})
+    """
+    for title, alignment in alignments.items():
+        if alignment.n_found < _FEW_GENES * alignment.n_genes:
+            few = f"only {alignment.n_found:,} of the store's {alignment.n_genes:,} genes"
+            print(f"{title} has {few}; the others are 0 in its cells", file=sys.stderr)

@@ -20,10 +20,9 @@ from anndata.io import read_elem, write_elem
 from scipy import sparse
 
 from hce_jax.errors import SourceError, UserError
-from hce_jax.preprocess.genes import GeneAlignment, _bare, align_genes
-from hce_jax.store.cell_source import TERM_COLUMN, TEXT_COLUMNS, CellSource
+from hce_jax.preprocess.genes import GeneAlignment, align_genes, without_version
+from hce_jax.store.cell_source import TERM_COLUMN, TEXT_COLUMNS, UNKNOWN, CellSource
 from hce_jax.store.schema import LABEL_COLUMN, SPLITS
-from hce_jax.store.selection import UNKNOWN
 
 #: Columns of var that may hold the names of genes; the first that is there counts.
 _NAME_COLUMNS = ("feature_name", "gene_symbols", "gene_symbol", "gene_name", "gene_names", "symbol")
@@ -150,7 +149,7 @@ class H5adSource(CellSource):
         ``feature_type`` is there if every file has it.
         """
         every = pd.concat([file.genes for file in self.files], ignore_index=True, join="inner")
-        every["feature_id"] = [*map(_bare, every["feature_id"])]
+        every["feature_id"] = [*map(without_version, every["feature_id"])]
         return every.drop_duplicates("feature_id", ignore_index=True)
 
     def obs_batches(self) -> Iterator[pd.DataFrame]:
@@ -196,6 +195,11 @@ class H5adSource(CellSource):
         n_genes = next(iter(alignments.values())).n_genes
         return sparse.vstack([sparse.csr_array((0, n_genes), dtype=np.float32), *parts], format="csr")
 
+    @property
+    def has_joinids(self) -> bool:
+        """Whether every file has a ``soma_joinid``, another for each cell."""
+        return self._joinids is not None
+
     @cached_property
     def _starts(self) -> np.ndarray:
         """The first row of each file, and the number of cells."""
@@ -205,10 +209,14 @@ class H5adSource(CellSource):
     def _joinids(self) -> np.ndarray | None:
         """The files' own numbers of their cells, if these can be told by them."""
         each = [ids for file in self.files if (ids := file.read_joinids()) is not None]
-        if len(each) < len(self.files):
-            return None
-        every = np.concatenate(each)
-        return every if len(np.unique(every)) == len(every) else None
+        if len(each) == len(self.files):
+            every = np.concatenate(each)
+            if len(np.unique(every)) == len(every):
+                return every
+        if any("soma_joinid" in file.obs_columns for file in self.files):
+            why = "not every cell has a whole number of its own there"
+            print(f"{self.title}: soma_joinid is left aside and cells are numbered: {why}", file=sys.stderr)
+        return None
 
 
 def _find_files(paths: Sequence[str | Path]) -> Iterator[Path]:
@@ -486,6 +494,8 @@ def _texts(values: Any, instead: Any) -> np.ndarray:
 
 def _categories(values: pd.Series) -> pd.Categorical:
     """Return values as categories of text, the missing ones as "unknown"."""
+    if values.dtype.kind == "f" and (values.dropna() % 1 == 0).all():
+        values = values.astype("Int64")  # numbers of donors become float where one is missing
     codes, different = pd.factorize(values)
     texts = pd.Categorical([*(str(value) or UNKNOWN for value in different), UNKNOWN])
     every = pd.Categorical.from_codes(texts.codes[codes], texts.categories)  # -1, missing, is the last: unknown

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import shutil
-import sys
 from collections import Counter
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -21,20 +20,20 @@ from hce_jax.errors import OntologyError, StoreError
 from hce_jax.files import written_aside
 from hce_jax.hierarchy.cell_ontology import CellOntology
 from hce_jax.preprocess.genes import GeneAlignment
-from hce_jax.store.cell_source import TERM_COLUMN, TEXT_COLUMNS, CellSource
+from hce_jax.store.cell_source import TERM_COLUMN, TEXT_COLUMNS, CellSource, warn_of_few_genes
 from hce_jax.store.schema import LABEL_COLUMN, SideFiles
-from hce_jax.store.selection import Rules, Step, Steps, _joined, _refuse_unknown
+from hce_jax.store.selection import Rules, Step, Steps, joined, refuse_unknown
 from hce_jax.store.threads import Tick, run_in_threads
-from hce_jax.store.work_folder import _locked, named_in_errors, open_work_folder, work_path
+from hce_jax.store.work_folder import locked, named_in_errors, open_work_folder, work_path
 
 #: Says what is in the folder, and why.
 ABOUT_FILE = "new_studies.json"
 #: Cells of a file, as published.
 CELLS_PER_CHUNK = 131_072
+#: Labels and studies that a report lists, each.
+_MOST_LINES = 20
 #: Cells read and written at a time.
 _CELLS_AT_A_TIME = 4_096
-#: Fewer of the store's genes are worth a warning.
-_FEW_GENES = 0.5
 #: How the matrix of a file is kept. Bytes are shuffled: half as large and twice as fast as gzip alone.
 _STORAGE = {
     "compression": "gzip",
@@ -63,6 +62,8 @@ class NewStudies:
         What each rule left, the first being all cells of the source.
     left_out_types
         Cells by label that were left out because no type of the store is meant.
+    genes_found
+        By file, or for the Census: how many of the store's genes it has.
     """
 
     folder: Path
@@ -71,6 +72,7 @@ class NewStudies:
     studies: dict[str, int]
     steps: tuple[Step, ...]
     left_out_types: dict[str, int]
+    genes_found: dict[str, int]
 
     @property
     def dropped(self) -> dict[str, int]:
@@ -82,8 +84,13 @@ class NewStudies:
         """Say what was chosen, in lines for a person."""
         lines = [f"{'cells':>15}   left after each rule"]
         lines += [f"{step.cells:15,}   {step.rule}" for step in self.steps]
-        lines += [f"left out    {label}: {n_cells:,}" for label, n_cells in self.left_out_types.items()]
-        lines += [f"study       {study}: {n_cells:,}" for study, n_cells in self.studies.items()]
+        for name, counts in (("left out", self.left_out_types), ("study", self.studies)):
+            lines += [f"{name:12}{label}: {n_cells:,}" for label, n_cells in [*counts.items()][:_MOST_LINES]]
+            if len(counts) > _MOST_LINES:
+                lines.append(f"{name:12}and {len(counts) - _MOST_LINES:,} more, in {self.folder / ABOUT_FILE}")
+        lines += [
+            f"genes       {n_found:,} of the store's are in {title}" for title, n_found in self.genes_found.items()
+        ]
         return "\n".join([*lines, f"files       {self.chunks:,} in {self.folder}"])
 
 
@@ -156,7 +163,15 @@ def write_new_studies(
         with named_in_errors(work.store / ABOUT_FILE) as path, written_aside(path) as aside:
             aside.write_text(json.dumps(plan.describe(), indent=1) + "\n", encoding="utf-8")
         work.publish(destination)
-    return NewStudies(destination, len(plan.chunks), len(plan.obs), plan.studies, plan.steps, plan.left_out_types)
+    return NewStudies(
+        folder=destination,
+        chunks=len(plan.chunks),
+        cells=len(plan.obs),
+        studies=plan.studies,
+        steps=plan.steps,
+        left_out_types=plan.left_out_types,
+        genes_found={title: alignment.n_found for title, alignment in plan.alignments.items()},
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,16 +220,13 @@ class _Plan:
         """Choose the cells, and find the genes."""
         cl_ids = _ids_of_types(side, ontology)
         alignments = source.align(side.gene_ids, side.gene_names)
-        for title, alignment in alignments.items():
-            if alignment.n_found < _FEW_GENES * side.n_genes:
-                few = f"only {alignment.n_found:,} of the store's {side.n_genes:,} genes; the others are 0 in its cells"
-                print(f"{title} has {few}", file=sys.stderr)
+        warn_of_few_genes(alignments)
         steps, left_out, seen = Steps(), Counter[str](), {"dataset_id": set[str](), "assay": set[str]()}
         types = _Types(cl_ids, side.labels, ontology)
         batches = list(_chosen_batches(source, frozenset(known_datasets), assays, types, steps, left_out, seen))
-        _refuse_unknown(Rules(assays=assays), seen | {"tissue_general": set()}, source.title)
+        refuse_unknown(Rules(assays=assays), seen | {"tissue_general": set()}, source.title)
         steps.refuse_none()
-        obs = _joined(batches)
+        obs = joined(batches)
         left_out_types = dict(left_out.most_common())
         n_known = len(known_datasets)
         return _Plan(
@@ -366,7 +378,7 @@ def _chosen_batches(
 
 def _remove(destination: Path) -> None:
     """Remove new studies, and what an interrupted call left of them."""
-    with _locked(work_path(destination)), named_in_errors(destination):
+    with locked(work_path(destination)), named_in_errors(destination):
         if destination.exists():
             ours = [*destination.glob("chunk_*.h5ad"), destination / ABOUT_FILE]
             strangers = sorted(set(destination.iterdir()) - set(ours))

@@ -7,14 +7,12 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from hce_jax.errors import SourceError
+from hce_jax.errors import ConfigError, OntologyError, SourceError
 from hce_jax.hierarchy.cell_ontology import CellOntology, Mapped
-from hce_jax.store.cell_source import TERM_COLUMN, CellSource
+from hce_jax.store.cell_source import TERM_COLUMN, UNKNOWN, CellSource
 from hce_jax.store.schema import LABEL_COLUMN
 from hce_jax.store.split_cells import SplitTable
 
-#: What a source says of a cell of which it does not know more.
-UNKNOWN = "unknown"
 #: The assays of the published store.
 PUBLISHED_ASSAYS = (
     "10x 5' v2",
@@ -59,6 +57,11 @@ class Rules:
     min_cells: int = 5_000
     min_tech_samples: int = 31
     min_ancestors: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("min_cells", "min_tech_samples", "min_ancestors"):
+            if (value := getattr(self, name)) is not None and value < 0:
+                raise ConfigError(f"--{name.replace('_', '-')}={value}: it must be 0 or more")
 
 
 class Step(NamedTuple):
@@ -113,9 +116,11 @@ class Steps:
     def __init__(self) -> None:
         self._cells: dict[str, int] = {}
         self._types: dict[str, set[str]] = {}
+        self._flags: dict[str, str] = {}
 
-    def count(self, rule: str, labels: pd.Series) -> None:
-        """Count cells with these labels as left by a rule."""
+    def count(self, rule: str, labels: pd.Series, flag: str = "") -> None:
+        """Count cells with these labels as left by a rule, which a flag may loosen."""
+        self._flags[rule] = flag
         self._cells[rule] = self._cells.get(rule, 0) + len(labels)
         self._types.setdefault(rule, set()).update(labels.unique())
 
@@ -135,9 +140,10 @@ class Steps:
         empty = next((step for step in table if not step.cells), None)
         if empty is not None:
             left = "; ".join(f"{step.rule} {step.cells:,}" for step in table if step.cells)
+            flag = self._flags[empty.rule]
             raise SourceError(
-                f"no cell is left after the rule {empty.rule!r}; cells left after each rule: {left or 'none at all'}; "
-                f"{empty.rule} 0"
+                f"no cell is left after the rule {empty.rule!r}{flag and f' ({flag})'}; cells left after each rule: "
+                f"{left or 'none at all'}; {empty.rule} 0"
             )
 
 
@@ -172,12 +178,23 @@ def select_cells(
     >>> select_cells(source, Rules(), CellOntology.open()).steps[-1]  # doctest: +SKIP
     Step(rule='at least 31 tech_samples', cells=22190622, types=164)
     """
+    if splits is not None and splits.table.index.name == "soma_joinid" and not source.has_joinids:
+        raise SourceError(
+            f"{splits.name} names cells by soma_joinid, but not every file of {source.title} has a different whole "
+            "number there for each cell; mend it, or name cells by tech_sample, donor_id or dataset_id"
+        )
     steps, seen = Steps(), {name: set[str]() for name in ("dataset_id", "assay", "tissue_general")}
     batches = list(_chosen_batches(source, rules, splits, steps, seen))
-    _refuse_unknown(rules, seen, source.title)
+    refuse_unknown(rules, seen, source.title)
     steps.refuse_none()
-    obs = _joined(batches)
-    obs, cl_ids, mapped = _with_types(obs, ontology)
+    obs = joined(batches)
+    try:
+        obs, cl_ids, mapped = _with_types(obs, ontology)
+    except OntologyError as error:
+        raise OntologyError(
+            f"cell types of {source.title}: {error}; mend them there, name another column (--label-column), or give "
+            "labels with a table of splits (--splits)"
+        ) from error
     obs["tech_sample"] = _tech_samples(obs)
     kept_c, notes = _chosen_types(obs, cl_ids, rules, ontology, steps)
     steps.refuse_none()
@@ -197,19 +214,39 @@ def _chosen_batches(
         for name, found in seen.items():
             found.update(batch[name].unique())
         steps.count(f"in {source.title}", batch[LABEL_COLUMN])
-        for rule, kept in _rules_on_cells(rules, batch):
+        for rule, flag, kept in _rules_on_cells(rules, batch):
             batch = batch[kept.reindex(batch.index)]
-            steps.count(rule, batch[LABEL_COLUMN])
+            steps.count(rule, batch[LABEL_COLUMN], flag)
         if splits is not None:
             batch = splits.assign(batch)
-            steps.count(f"in {splits.name}", batch[LABEL_COLUMN])
+            steps.count(f"in {splits.name}", batch[LABEL_COLUMN], f"its {splits.table.index.name} are not theirs")
         labelled = batch[batch[_term_column(batch)] != UNKNOWN]
-        steps.count("with a cell type", labelled[LABEL_COLUMN])
+        steps.count("with a cell type", labelled[LABEL_COLUMN], "--label-column")
         yield labelled
 
 
-def _refuse_unknown(rules: Rules, seen: dict[str, set[str]], title: str) -> None:
-    """Refuse names that no cell has, which may be misspelt; the published assays are known not to be."""
+def refuse_unknown(rules: Rules, seen: dict[str, set[str]], title: str) -> None:
+    """Refuse names that no cell has, which may be misspelt; the published assays are known not to be.
+
+    Parameters
+    ----------
+    rules
+        Which may ask for assays and tissues.
+    seen
+        The ``dataset_id``, ``assay`` and ``tissue_general`` of all cells.
+    title
+        What to call the source.
+
+    Raises
+    ------
+    SourceError
+        If there are no cells, or none has one of the names.
+
+    Examples
+    --------
+    >>> seen = {"dataset_id": {"d"}, "assay": {"Smart-seq2"}, "tissue_general": {"lung"}}
+    >>> refuse_unknown(Rules(assays=None, tissues=("lung",)), seen, "study.h5ad")
+    """
     if not seen["dataset_id"]:
         raise SourceError(f"{title} has no cells")
     for what, asked, known, found in (
@@ -224,31 +261,37 @@ def _refuse_unknown(rules: Rules, seen: dict[str, set[str]], title: str) -> None
             )
 
 
-def _rules_on_cells(rules: Rules, batch: pd.DataFrame) -> Iterator[tuple[str, pd.Series]]:
+def _rules_on_cells(rules: Rules, batch: pd.DataFrame) -> Iterator[tuple[str, str, pd.Series]]:
     if rules.primary:
-        yield "primary data", batch["is_primary_data"]
+        yield "primary data", "--include-secondary", batch["is_primary_data"]
     if rules.assays is not None:
-        yield "of these assays", batch["assay"].isin(rules.assays)
+        yield "of these assays", "--assays", batch["assay"].isin(rules.assays)
     if rules.tissues is not None:
-        yield "of these tissues", batch["tissue_general"].isin(rules.tissues)
+        yield "of these tissues", "--tissues", batch["tissue_general"].isin(rules.tissues)
 
 
 def _term_column(batch: pd.DataFrame) -> str:
     return TERM_COLUMN if TERM_COLUMN in batch else LABEL_COLUMN
 
 
-def _joined(batches: list[pd.DataFrame]) -> pd.DataFrame:
-    """Put batches together, whose categories may differ; memory for codes, not for text."""
-    joined = {}
+def joined(batches: list[pd.DataFrame]) -> pd.DataFrame:
+    """Put batches together, whose categories may differ; they lose their columns on the way.
+
+    Examples
+    --------
+    >>> joined([pd.DataFrame({"a": pd.Categorical(["x"])}), pd.DataFrame({"a": pd.Categorical(["y"])})])["a"].tolist()
+    ['x', 'y']
+    """
+    columns_of = {}
     for name in batches[0].columns:
         columns = [batch.pop(name) for batch in batches]
         categorical = isinstance(columns[0].dtype, pd.CategoricalDtype)
-        joined[name] = (
+        columns_of[name] = (
             pd.api.types.union_categoricals(columns)
             if categorical
             else np.concatenate([column.to_numpy() for column in columns])
         )
-    return pd.DataFrame(joined)
+    return pd.DataFrame(columns_of)
 
 
 def _with_types(obs: pd.DataFrame, ontology: CellOntology) -> tuple[pd.DataFrame, tuple[str, ...], tuple[Mapped, ...]]:
@@ -298,15 +341,15 @@ def _chosen_types(
     """Return which types pass the rules on types, (c,) bool, and what to say about the rules."""
     kept_c = np.ones(len(cl_ids), bool)
     notes: list[str] = []
-    for rule, passed_c in _rules_on_types(obs, cl_ids, rules, ontology, notes):
+    for rule, flag, passed_c in _rules_on_types(obs, cl_ids, rules, ontology, notes):
         kept_c = kept_c & passed_c
-        steps.count(rule, obs[LABEL_COLUMN][kept_c[obs[LABEL_COLUMN].cat.codes]])
+        steps.count(rule, obs[LABEL_COLUMN][kept_c[obs[LABEL_COLUMN].cat.codes]], flag)
     return kept_c, tuple(notes)
 
 
 def _rules_on_types(
     obs: pd.DataFrame, cl_ids: tuple[str, ...], rules: Rules, ontology: CellOntology, notes: list[str]
-) -> Iterator[tuple[str, np.ndarray]]:
+) -> Iterator[tuple[str, str, np.ndarray]]:
     code, samples = obs[LABEL_COLUMN].cat.codes.to_numpy(np.int64), obs["tech_sample"].cat
     if rules.below is not None:
         resolved = ontology.resolve([rules.below])
@@ -314,11 +357,12 @@ def _rules_on_types(
         below = ontology.descendants(top)
         release = f"Cell Ontology {ontology.release}"
         notes += [f"{rules.below} is {each.label} in {release} ({each.why})" for each in resolved.mapped]
-        yield f"below {ontology.label(top)}", np.array([cl_id in below for cl_id in cl_ids])
-    yield f"at least {rules.min_cells:,} cells", np.bincount(code, minlength=len(cl_ids)) >= rules.min_cells
+        yield f"below {ontology.label(top)}", "--below", np.array([cl_id in below for cl_id in cl_ids])
+    cells_c = np.bincount(code, minlength=len(cl_ids))
+    yield f"at least {rules.min_cells:,} cells", "--min-cells", cells_c >= rules.min_cells
     pairs = np.unique(code * len(samples.categories) + samples.codes.to_numpy(np.int64))
     found_c = np.bincount(pairs // len(samples.categories), minlength=len(cl_ids))
-    yield f"at least {rules.min_tech_samples} tech_samples", found_c >= rules.min_tech_samples
+    yield f"at least {rules.min_tech_samples:,} tech_samples", "--min-tech-samples", found_c >= rules.min_tech_samples
     least = PUBLISHED_MIN_ANCESTORS if rules.min_ancestors is None else rules.min_ancestors
     if rules.min_ancestors is None and not ontology.has_published_depth:
         notes.append(
@@ -327,4 +371,4 @@ def _rules_on_types(
         )
     elif least > 0:
         n_above = np.array([len(ontology.ancestors(cl_id)) for cl_id in cl_ids])
-        yield f"at least {least} ancestors", n_above >= least
+        yield f"at least {least} ancestors", "--min-ancestors", n_above >= least

@@ -54,14 +54,16 @@ class SplitTable:
         key = next((name for name in _KEYS if name in table), None)
         if key is None or "split" not in table:
             raise SourceError(
-                f"the table of splits {path} has the columns {', '.join(map(str, table.columns))}; it needs 'split' "
-                f"and one of {', '.join(_KEYS)}"
+                f"the table of splits {path} has the columns {', '.join(map(repr, map(str, table.columns)))}; it needs "
+                f"'split' and one of {', '.join(map(repr, _KEYS))}, separated by commas"
             )
         wanted = [key, "split", *([LABEL_COLUMN] if key == "soma_joinid" and LABEL_COLUMN in table else [])]
         if table[wanted].isna().any(axis=None):
             raise SourceError(f"{path} has an empty entry in one of the columns {', '.join(wanted)}")
         if key == "soma_joinid":
-            table[key] = pd.to_numeric(table[key], errors="coerce")
+            numbers = pd.to_numeric(table[key], errors="coerce")
+            whole = (numbers % 1 == 0).all()  # they are 1.0, 2.0, ... after many a join
+            table[key] = numbers.astype(np.int64) if whole else numbers
         if key == "soma_joinid" and not pd.api.types.is_integer_dtype(table[key]):
             raise SourceError(f"{path} has entries in the column {key} that are no whole numbers")
         table = table[wanted].astype({name: str for name in wanted if name != "soma_joinid"})

@@ -127,9 +127,10 @@ class WorkFolder:
     def _check_same(self, begun: Mapping[str, Any], about: Mapping[str, Any]) -> None:
         for key, was in begun.items():
             if was != about[key]:
+                tells = not isinstance(was, dict)
+                how = f"the {key} {was}, not {about[key]}" if tells else f"another {key}"
                 raise StoreError(
-                    f"{self.path} was begun with the {key} {was}, not {about[key]}; name another destination, or "
-                    f"delete {self.path} to begin anew"
+                    f"{self.path} was begun with {how}; name another destination, or delete {self.path} to begin anew"
                 )
         for name, record in self._records().items():
             if name not in self.sources:
@@ -181,7 +182,7 @@ def open_work_folder(destination: Path, about: Mapping[str, Any], sources: Mappi
     'b'
     """
     work = WorkFolder(work_path(destination), sources)
-    with _locked(work.path):
+    with locked(work.path):
         refuse_existing(destination)  # another process may have just finished it
         work._begin(about)
         try:
@@ -233,7 +234,20 @@ def named_in_errors(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
+    """Hold the folder of some work for this process, and make it if it is not there.
+
+    Raises
+    ------
+    StoreError
+        If it holds something else than work, another process holds it, or it cannot be made.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> with locked(Path(tempfile.mkdtemp()) / "store.partial"):
+    ...     pass
+    """
     strangers = {each.name for each in path.glob("[!.]*")} - {_STORE, SCRATCH, _RECORDS, _BEGUN, _LOCK}
     if strangers:
         raise StoreError(f"{path} is needed for the work, but holds {min(strangers)!r}; move it away")

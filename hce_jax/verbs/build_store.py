@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import shlex
+from collections.abc import Iterator
 from typing import Any
 
 from hce_jax.errors import ConfigError
@@ -15,6 +16,8 @@ from hce_jax.verbs import sources
 
 PURPOSE = "build a store from the CELLxGENE Census or from h5ad files"
 
+#: Training with a batch size wants so many batches; the published one.
+_STEPS_PER_EPOCH, PUBLISHED_BATCH = 10, 2_048
 #: Flag, what it counts, and its field in AugmentationOptions.
 _AUGMENTATIONS = {
     "cells": "training cells to take means of",
@@ -97,6 +100,8 @@ def run(arguments: argparse.Namespace) -> None:
     """Do it, and say what was done."""
     if arguments.workers < 1:
         raise ConfigError(f"--workers={arguments.workers}: at least one is needed")
+    if arguments.seed < 0:
+        raise ConfigError(f"--seed={arguments.seed}: it must be 0 or more")
     if arguments.splits and arguments.split_column:
         raise ConfigError("--splits and --split-column both say which cell goes where; give one of them")
     rules = Rules(
@@ -142,19 +147,30 @@ def _report(built: Built, ontology: CellOntology) -> None:
         print(f"kept as     values {built.cells_as_values:,}: counts that are not whole numbers, or above 65,535")
     if built.empty:
         print(f"empty       {built.empty:,} cells express none of the genes")
+    for note in built.notes:
+        print(f"note        {note}")
     if built.untrained:
         print(
             f"untrained   {', '.join(built.untrained)}: no cell in train, so no model can learn it; try another --seed"
         )
     if built.augmentations is not None:
         made = built.augmentations
-        of = f"{made.pairs:,} differences between {made.groups:,} tech_samples of a type"
+        of = f"{made.pairs:,} differences of {made.groups:,} means (of a type in a tech_sample)"
         kept = f"{made.clusters_kept} of {made.clusters} clusters kept"
         print(f"augment     {len(made.vectors):,} vectors of {of}, {kept}")
-        if not len(made.vectors):
-            print("note        without vectors, train with --config.augment_training_data=false")
     if built.new_cells:
         rate = built.new_cells / built.seconds
-        print(f"time        {built.seconds:,.0f} s for {built.new_cells:,} cells, {rate:,.0f} cells/s")
+        print(f"time        {built.seconds:,.0f} s to read and shuffle {built.new_cells:,} cells, {rate:,.0f} cells/s")
     print(f"look at     {built.store}/data_summary.png")
-    print(f"next        DATA_PATH={shlex.quote(str(built.store))} python train.py --config configs/tabnet_hce.py")
+    print(
+        f"next        DATA_PATH={shlex.quote(str(built.store.resolve()))} python train.py {' '.join(_training(built))}"
+    )
+
+
+def _training(built: Built) -> Iterator[str]:
+    """Give the flags of train.py that suit the store."""
+    yield "--config configs/tabnet_hce.py"
+    if built.cells["train"] < _STEPS_PER_EPOCH * PUBLISHED_BATCH:
+        yield f"--config.batch_size={max(1 << (built.cells['train'] // _STEPS_PER_EPOCH).bit_length() - 1, 16)}"
+    if built.augmentations is None or not len(built.augmentations.vectors):
+        yield "--config.augment_training_data=false"

@@ -29,4 +29,8 @@ def run(arguments: argparse.Namespace) -> None:
     side = open_store(arguments.store).side
     ontology = CellOntology.open(arguments.ontology)
     release = side.about.get("ontology_release")
+    if release == ontology.release:
+        print(
+            f"{arguments.store} is of Cell Ontology {release} itself; --ontology names another release to compare with"
+        )
     print(diff_ontology(side.labels, side.cl_ids, side.reachability, ontology, release).report())

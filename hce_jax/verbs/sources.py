@@ -22,7 +22,7 @@ def describe(parser: argparse.ArgumentParser) -> None:
     source.add_argument(
         "--h5ad", nargs="+", metavar="PATH", help="h5ad files with raw counts, or folders of such files"
     )
-    source.add_argument("--organism", default="homo_sapiens", help="of the Census; homo_sapiens if not given")
+    source.add_argument("--organism", metavar="NAME", help="of the Census; homo_sapiens if not given")
     columns = parser.add_argument_group("how the h5ad files call it")
     columns.add_argument("--label-column", metavar="NAME", help="of obs: cell types, labels or CL ids; cell_type")
     columns.add_argument("--donor-column", metavar="NAME", help="of obs: donors; donor_id")
@@ -55,6 +55,8 @@ def opened(arguments: argparse.Namespace, split_column: str | None = None) -> It
     columns |= {"counts": arguments.counts} if arguments.counts else {}
     columns |= {"split": split_column} if split_column else {}
     if arguments.h5ad:
+        if arguments.organism is not None:
+            raise ConfigError("--organism is for the Census; leave it out with --h5ad")
         from hce_jax.store.h5ad import H5adColumns, H5adSource
 
         yield H5adSource.open(arguments.h5ad, H5adColumns(**columns))
@@ -63,7 +65,7 @@ def opened(arguments: argparse.Namespace, split_column: str | None = None) -> It
         raise ConfigError(f"the Census has its own columns and counts; {', '.join(columns)} are for --h5ad")
     from hce_jax.census import CensusSource
 
-    with CensusSource(arguments.census_version, arguments.organism) as census:
+    with CensusSource(arguments.census_version, arguments.organism or "homo_sapiens") as census:
         yield census
 
 

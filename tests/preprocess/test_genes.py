@@ -65,7 +65,7 @@ def test_genes_none_of_which_is_ours_are_refused(theirs):
     assert str(caught.value) == (
         f"none of the {len(theirs)} genes of mine.h5ad ({shown}) is among the 5 asked for (ENSG00000010610, "
         "ENSG00000153563, ...; by name CD4, CD8A, ...); name the column of var that has Ensembl ids or gene names "
-        "(--gene-column), or another list of genes (--genes)"
+        "(--gene-column), or build with other genes (--genes)"
     )
 
 

@@ -226,7 +226,9 @@ def test_another_choice_does_not_go_on_with_what_was_begun(census, ontology, tmp
     monkeypatch.setattr(CensusSource, "read_counts", lambda *_: (_ for _ in ()).throw(SourceError("no")))
     with pytest.raises(SourceError, match="no"):
         build(census[0], tmp_path / "store", ontology)
-    with pytest.raises(StoreError, match=r"was begun with the choice of cells and genes .* name another destination"):
+    with pytest.raises(
+        StoreError, match=r"was begun with another choice of cells and genes .* name another destination"
+    ):
         build(census[0], tmp_path / "store", ontology, dataclasses.replace(RECIPE, rules=ALL))
 
 

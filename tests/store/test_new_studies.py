@@ -269,7 +269,7 @@ def test_an_interrupted_call_is_not_taken_up_for_other_cells(tmp_path, three_at_
         (source_of(begun), {"chunk_cells": 9}),
         (source_of(begun), {"side": side_files(("b lymphocyte", "T cell"))}),
     ):
-        with pytest.raises(StoreError, match=r"new.partial was begun with the .* delete .*new.partial to begin anew"):
+        with pytest.raises(StoreError, match=r"new.partial was begun with .* delete .*new.partial to begin anew"):
             write(source, tmp_path / "new", **changes)
         assert source.reads == []
     found = write(another_cell, tmp_path / "new", force=True)

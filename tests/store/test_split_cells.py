@@ -138,11 +138,11 @@ UNUSABLE = {
     "numbers that are not whole": ("soma_joinid,split\n7,val\n7.5,val\n", NO_NUMBER),
     "no key": (
         "donor,split\na,train\n",
-        "has the columns donor, split; it needs 'split' and one of soma_joinid",
+        "has the columns 'donor', 'split'; it needs 'split' and one of 'soma_joinid'",
     ),
     "no column of splits": (
         "donor_id,fold\na,val\n",
-        "has the columns donor_id, fold; it needs 'split'",
+        "has the columns 'donor_id', 'fold'; it needs 'split'",
     ),
     "nothing at all": ("", r"cannot be read as CSV or parquet \(No columns to parse"),
     "a line too long": ("donor_id,split\na,train\nb,val,1,2\n", r"cannot be read as CSV or parquet \(Error tokenizing"),
