@@ -104,13 +104,16 @@ def test_each_host_gets_its_rows_of_the_same_batches_and_reads_the_blocks_of_its
     expected = epoch_by_the_rule(BLOCKS, 32, 40, 3, 1)
     dealt = np.random.default_rng(0).permutation(len(BLOCKS))
     of_cell = np.repeat(dealt, np.array(BLOCKS)[dealt])  # the block of each cell, as they are dealt out
+    block_of = np.repeat(np.arange(len(BLOCKS)), BLOCKS)
     for host in range(n_hosts):
         split = coded_split(BLOCKS)
         found = list(training_batches(split, 32, Shuffle(3, 1), 40, hosts=Hosts(host, n_hosts)))
         for batch, cells in zip(found, expected, strict=True):
             check_batch(batch, np.split(np.array(cells), n_hosts)[host])
         low, high = 90 * host // n_hosts, 90 * (host + 1) // n_hosts
-        assert set(split.reads) == set(of_cell[low:high])
+        # The last window, of which no batch is left, may be read ahead or not.
+        needed = {block_of[cell] for cells in expected for cell in np.split(np.array(cells), n_hosts)[host]}
+        assert needed <= set(split.reads) <= set(of_cell[low:high])
 
 
 def test_hosts_that_cannot_share_a_batch_equally_are_an_error():
