@@ -47,6 +47,7 @@ _SUFFIX = {cells.FORMAT: "arrow", "merlin": "parquet"}
 #: Integer columns of both kinds.
 _COLUMNS = ("soma_joinid", "is_primary_data", *CATEGORICAL_COLUMNS, "idx")
 _ORIGINALS = f"{SCRATCH}/originals.npy"
+_NO_FILE = Path("/")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,7 +182,8 @@ def build_store(
     ontology = ontology or CellOntology.open()
     plan = _Plan.make(source, recipe or Recipe(), ontology, splits, cells_per_part, cells_per_chunk)
     started = time.perf_counter()
-    with open_work_folder(destination, plan.settings(), dict.fromkeys(plan.names, Path("/"))) as work:
+    sources = dict.fromkeys(plan.names, _NO_FILE)  # what the files are made from is a part of the settings
+    with open_work_folder(destination, plan.settings(), sources) as work:
         new_cells, part_cells = _shuffle(plan, work, workers)
         seconds = time.perf_counter() - started
         with named_in_errors(work.store):
@@ -240,8 +242,10 @@ class _Plan:
         selection = select_cells(source, recipe.rules, ontology, splits)
         print(selection.report(), flush=True)
         obs = selection.obs
+        splits_from = splits.name if splits else "a column of the source"
         if "split" not in obs:
             obs = obs.assign(split=draw_splits(obs["tech_sample"], recipe.seed))
+            splits_from = "tech_sample"
         obs["split"] = obs["split"].cat.set_categories(list(SPLITS))
         split_n = obs["split"].cat.codes.to_numpy()
         if not (split_n == 0).any():
@@ -250,7 +254,6 @@ class _Plan:
             split_n, len(genes), recipe.seed, cells_per_part=cells_per_part, cells_per_chunk=cells_per_chunk
         )
         reach_cc = ontology.reachability(selection.cl_ids)
-        splits_from = splits.name if splits else "tech_sample"
         return _Plan(source, recipe, ontology, selection, genes, alignments, obs, shuffle, reach_cc, splits_from)
 
     @functools.cached_property
@@ -368,10 +371,6 @@ def _row_groups(block: Block) -> Iterator[tuple[sparse.csr_array, pd.DataFrame]]
 def _finish(plan: _Plan, work: WorkFolder, parts: dict[str, np.ndarray]) -> Built:
     """Write what goes with the cells, and say what was made."""
     finished, original_n = work.finished(), np.load(work.place(_ORIGINALS))
-    chunks = [finished[name] for name in plan.chunk_names if name in finished]
-    n_empty = sum(chunk["empty"] for chunk in chunks)
-    if n_empty == len(plan.obs):
-        raise SourceError(f"none of the {n_empty:,} cells expresses any of the {len(plan.genes):,} genes of the store")
     obs = plan.obs[~plan.dropped(original_n)]
     types = obs[LABEL_COLUMN].cat
     train_c = np.bincount(types.codes[obs["split"] == SPLITS[0]], minlength=len(types.categories))
@@ -380,8 +379,7 @@ def _finish(plan: _Plan, work: WorkFolder, parts: dict[str, np.ndarray]) -> Buil
         selection=plan.selection,
         cells={split: sum(len(part) for name, part in parts.items() if name.startswith(split)) for split in SPLITS},
         copies=_count_copies(plan.shuffle.split_n, original_n),
-        empty=n_empty,
-        cells_as_values=sum(chunk["cells_as_values"] for chunk in chunks),
+        **_count_odd(plan, finished),
         genes_found={title: alignment.n_found for title, alignment in plan.alignments.items()},
         n_genes=len(plan.genes),
         untrained=tuple(types.categories[train_c == 0]),
@@ -390,27 +388,42 @@ def _finish(plan: _Plan, work: WorkFolder, parts: dict[str, np.ndarray]) -> Buil
         new_cells=0,
         seconds=0.0,
     )
-    lookups = {column: list(obs[column].cat.categories) for column in CATEGORICAL_COLUMNS}
     merlin_write.write_side_files(
         work.store,
         plan.genes,
-        lookups,
+        {column: list(obs[column].cat.categories) for column in CATEGORICAL_COLUMNS},
         class_weights=_balanced(train_c),
         child_matrix=plan.reach_cc,
         cl_ids=plan.selection.cl_ids,
     )
     write_summary(work.store, data_summary(obs))
+    (work.store / AUGMENTATIONS_FILE).unlink(missing_ok=True)  # of an earlier attempt, maybe with other numbers
     records = {name: finished[name] for name in parts}
     _write_about(plan, work.store, built, records)
-    if plan.recipe.augmentations is not None:
-        kind = cells.CellStore if plan.recipe.format == cells.FORMAT else MerlinStore
-        train = kind(read_side_files(work.store)).split(SPLITS[0])
-        augmentations = augmentation_vectors(train, plan.recipe.augmentations, scratch=work.path / SCRATCH)
-        if len(augmentations.vectors):
-            _save(work.store / AUGMENTATIONS_FILE, augmentations.vectors)
-        built = dataclasses.replace(built, augmentations=augmentations)
-        _write_about(plan, work.store, built, records)
+    if plan.recipe.augmentations is None:
+        return built
+    built = dataclasses.replace(built, augmentations=_augment(plan.recipe, plan.recipe.augmentations, work))
+    _write_about(plan, work.store, built, records)
     return built
+
+
+def _augment(recipe: Recipe, options: AugmentationOptions, work: WorkFolder) -> Augmentations:
+    """Make the augmentation vectors, from the store as it lies."""
+    kind = cells.CellStore if recipe.format == cells.FORMAT else MerlinStore
+    train = kind(read_side_files(work.store)).split(SPLITS[0])
+    made = augmentation_vectors(train, options, scratch=work.path / SCRATCH)
+    if len(made.vectors):
+        _save(work.store / AUGMENTATIONS_FILE, made.vectors)
+    return made
+
+
+def _count_odd(plan: _Plan, finished: dict[str, dict[str, Any]]) -> dict[str, int]:
+    """Count the cells without expressed genes, and those kept as values."""
+    chunks = [finished[name] for name in plan.chunk_names]
+    empty, as_values = (sum(chunk[key] for chunk in chunks) for key in ("empty", "cells_as_values"))
+    if empty == len(plan.obs):
+        raise SourceError(f"none of the {empty:,} cells expresses any of the {len(plan.genes):,} genes of the store")
+    return {"empty": empty, "cells_as_values": as_values}
 
 
 def _notes_on_splits(obs: pd.DataFrame) -> Iterator[str]:
