@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 
 import anndata
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from small_census import small_census_counts, small_census_obs, small_census_var, write_small_census
 from verbs import in_process
 
+import hce_jax.__main__
 from hce_jax.store import open_store
 from hce_jax.store.split_cells import SplitTable
 
@@ -78,6 +80,55 @@ def test_build_store_says_what_it_did_and_what_comes_next(folder, monkeypatch, c
     assert str(folder) not in json.dumps(about)
 
 
+def test_every_rule_has_its_flag(folder, monkeypatch, capsys):
+    rules = ("--include-secondary", "--tissues", "blood", "--assays", "10x 3' v3", "Smart-seq2", "--below=T cell")
+    rest = ("--min-cells=1", "--min-tech-samples=1", "--min-ancestors=1", "--keep-copies", "--no-augmentations")
+    said = run(monkeypatch, capsys, folder, "build-store", "ruled", "--census-version=./B", *rules, *rest, "--seed=3")
+    obs = small_census_obs("B", donors=6, cells_per_donor=24)
+    below = {"CD4-positive, alpha-beta T cell", "CD8-positive, alpha-beta T cell",
+             "naive thymus-derived CD4-positive, alpha-beta T cell"}  # fmt: skip
+    kept = obs[(obs["tissue_general"] == "blood") & obs["assay"].isin(["10x 3' v3", "Smart-seq2"])]
+    kept = kept[kept["cell_type"].isin(below)]
+    assert not kept["is_primary_data"].all()
+    assert joinids(open_store(folder / "ruled")) == kept.index.tolist()
+    assert "primary data" not in said
+    assert json.loads((folder / "ruled" / "store.json").read_text())["seed"] == 3
+
+
+def test_notes_tell_of_splits_and_donors_that_need_a_look(folder, monkeypatch, capsys):
+    obs = small_census_obs("A", donors=6, cells_per_donor=24)
+    table = pd.DataFrame({"tech_sample": (obs["dataset_id"] + "_" + obs["donor_id"]).unique(), "split": "train"})
+    table.assign(split=["test" if name.endswith("D3") else "train" for name in table["tech_sample"]]).to_csv(
+        folder / "samples.csv"
+    )
+    adata = anndata.read_h5ad(folder / "h5ad" / "lung.h5ad")
+    adata.obs["donor_id"] = np.where(np.arange(adata.n_obs) < 7, None, adata.obs["donor_id"].astype(str))
+    adata.write_h5ad(folder / "lung.h5ad")
+    flags = ("--genes=all", "--min-cells=1", "--min-tech-samples=1", "--no-augmentations")
+    said = run(monkeypatch, capsys, folder, "build-store", "noted", "--h5ad", "lung.h5ad", *flags)
+    assert "\nnote        7 cells have no donor; they count as one donor of their study\n" in said
+    assert "more than one split" not in said
+    arguments = ("--census-version=./B", "--splits=samples.csv", *flags)
+    said = run(monkeypatch, capsys, folder, "build-store", "no_val", *arguments)
+    assert "\nnote        no cell goes into val; train.py needs val" in said
+    assert "--config.augment_training_data=false\n" in said
+
+
+def test_a_table_by_soma_joinid_needs_such_numbers(folder, monkeypatch, capsys):
+    adata = anndata.read_h5ad(folder / "h5ad" / "lung.h5ad")
+    adata.obs["soma_joinid"] = [*adata.obs["soma_joinid"][1:], adata.obs["soma_joinid"].iloc[-1]]
+    adata.write_h5ad(folder / "twice.h5ad")
+    pd.DataFrame({"soma_joinid": adata.obs["soma_joinid"][:9], "split": "train"}).to_csv(folder / "joinids.csv")
+    arguments = ("--h5ad", "twice.h5ad", "--splits=joinids.csv", "--genes=all")
+    monkeypatch.setattr(sys, "argv", ["hce_jax", "build-store", "new", *arguments])
+    monkeypatch.chdir(folder)
+    with pytest.raises(SystemExit, match="2"):
+        hce_jax.__main__.main()
+    note, error = capsys.readouterr().err.splitlines()
+    assert note.startswith("twice.h5ad: soma_joinid is left aside and cells are numbered")
+    assert error.startswith("error: joinids.csv names cells by soma_joinid, but not every file of twice.h5ad has")
+
+
 def test_h5ad_files_give_the_store_that_the_census_gives(folder, monkeypatch, capsys):
     plain = ("--no-augmentations", "--keep-copies")  # which of two copies comes first depends on the names of files
     for name, source in (("of_census", ("--census-version", "./A")), ("of_h5ad", ("--h5ad", "h5ad"))):
@@ -91,19 +142,24 @@ def test_h5ad_files_give_the_store_that_the_census_gives(folder, monkeypatch, ca
 
 
 def test_names_of_genes_leave_them_in_the_order_of_the_source(folder, monkeypatch, capsys):
-    arguments = ("--census-version=./A", "--genes=names.csv", *FEW, "--no-augmentations")
+    arguments = ("--census-version=./A", "--genes=names.csv", *FEW, "--no-augmentations", "--format=merlin")
     run(monkeypatch, capsys, folder, "build-store", "named", *arguments)
+    assert (folder / "named" / "train" / "part.0.parquet").is_file()
     assert open_store(folder / "named").side.gene_ids == tuple(small_census_var(60)["feature_id"])
 
 
-def test_splits_may_lie_in_a_column(folder, monkeypatch, capsys):
+def test_splits_may_lie_in_a_column_and_counts_in_a_layer(folder, monkeypatch, capsys):
     (folder / "split").mkdir()
     for path in (folder / "h5ad").iterdir():
         adata = anndata.read_h5ad(path)
+        adata.layers["mine"], adata.X = adata.X.copy(), adata.X * 0
         adata.obs["mine"] = np.where(adata.obs["donor_id"].isin(["D0", "D1"]), "test", "train")
         adata.write_h5ad(folder / "split" / path.name)
-    arguments = ("--h5ad", "split", "--split-column=mine", "--genes=all", *FEW, "--no-augmentations")
+    arguments = ("--h5ad", "split", "--counts=mine", "--split-column=mine", "--genes=all", *FEW, "--no-augmentations")
     run(monkeypatch, capsys, folder, "build-store", "by_column", *arguments)
+    zeros = run(monkeypatch, capsys, folder, "build-store", "zeros", "--h5ad", "split", "--genes=all", *FEW)
+    assert "cells expresses any of the 150 genes of the store" in zeros
+    assert not (folder / "zeros").exists()
     store = open_store(folder / "by_column")
     assert not store.has_split("val")
     donors = store.side.lookup("donor_id")
