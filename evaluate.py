@@ -1,85 +1,229 @@
-"""Evaluate a trained model and write its metric files.
+"""Evaluate trained models and write their metric files.
 
     python evaluate.py --split id                        the newest run, on the test split (held-out donors)
+    python evaluate.py --split ood                       the newest run, on new studies
     python evaluate.py --split id --run DIR              that run's best checkpoint
-    python evaluate.py --split id --checkpoint CKPT      that checkpoint
+    python evaluate.py --split id --checkpoint CKPT      that checkpoint; also a published one (model.ckpt)
     python evaluate.py --split id --run DIR,DIR,DIR      an ensemble: the mean of the probabilities of several
+    python evaluate.py --split id --checkpoint_list FILE  many, one after the name of the other; cells are read once
 
 The store is --data_path, or the folder in DATA_PATH, or the one the named run was trained on; without any of them, the
-built-in simulated atlas.
+built-in simulated atlas. New studies are those of --ood_data (h5ad files with raw counts), or the kept studies of the
+simulated atlas, or else what the Census of 2023-12-15 has beyond that of 2023-05-15, which is downloaded once.
 """
 
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from absl import flags
 
 from hce_jax import command
-from hce_jax.checkpoint import Ensemble, load_model
-from hce_jax.errors import UserError
-from hce_jax.evaluation.plots import performance_plot
-from hce_jax.evaluation.predict import predict_split
-from hce_jax.evaluation.reports import overall_table, published_subset, read_subset, write_id_reports
-from hce_jax.runs import ensemble_results_folder, id_results_folder, newest_run
-from hce_jax.store import open_store
+from hce_jax.errors import CheckpointError, UserError
+from hce_jax.evaluation.cells import Cells, SourceCells, StoreCells
+from hce_jax.evaluation.decoders import DECODERS
+from hce_jax.evaluation.evaluate import Job, Result, Settings, evaluate
+from hce_jax.evaluation.predict import Classifier
+from hce_jax.evaluation.reports import decoder_table, overall_table, published_subset, read_subset
+from hce_jax.hierarchy.cell_ontology import CellOntology
+from hce_jax.open_model import open_model
+from hce_jax.predictor import Ensemble
+from hce_jax.runs import listed_checkpoints, newest_run, results_folder
+from hce_jax.store import SideFiles, open_store
 from hce_jax.store.builtin import BUILTIN_ATLAS, builtin_atlas
+from hce_jax.store.h5ad import H5adColumns, H5adSource
 
-flags.DEFINE_enum("split", "id", ["id"], "id: held-out donors, the store's test split.")
+CELLTYPIST = "celltypist"
+
+flags.DEFINE_enum("split", "id", ["id", "ood"], "id: held-out donors, the store's test split. ood: new studies.")
 flags.DEFINE_list("run", None, "Folder of a run (version_N), whose best checkpoint is evaluated; or several: a,b,c.")
-flags.DEFINE_list("checkpoint", None, "A checkpoint folder (*.ckpt), or several.")
+flags.DEFINE_list("checkpoint", None, "A checkpoint (*.ckpt), ours or a published one; or several.")
+flags.DEFINE_string("checkpoint_list", None, "File with a checkpoint a line, or a folder of runs: each by itself.")
+flags.DEFINE_string("hparams_file", None, "hparams.yaml of a published checkpoint, if it does not lie with its run.")
+flags.DEFINE_enum(
+    "model_type", None, ["linear", "mlp", "tabnet", CELLTYPIST], "What the checkpoint is; celltypist: a model.pkl."
+)
 flags.DEFINE_string("data_path", None, "Folder of the store.")
-flags.DEFINE_string("output_dir", None, "Folder for the metric files; sctab_test/ in the run's folder if not given.")
+flags.DEFINE_list("ood_data", None, "h5ad files with raw counts, or folders of such: the new studies.")
+flags.DEFINE_list("dataset_ids", None, "Studies of the Census, or diff_VERSION: new since then; diff_2023-05-15.")
+flags.DEFINE_string("census_version", None, "Census of the new studies, a version or a copy; 2023-12-15.")
+flags.DEFINE_bool("force_download", False, "Collect the new studies anew.")
+flags.DEFINE_string("output_root", None, "Folder for the collected new studies; the store's if not given.")
+flags.DEFINE_string("label_column", None, "obs column of --ood_data with the cell types; cell_type.")
+flags.DEFINE_string("donor_column", None, "obs column of --ood_data with the donors; donor_id.")
+flags.DEFINE_string("dataset_column", None, "obs column of --ood_data with the studies; dataset_id, or the file.")
+flags.DEFINE_string("gene_column", None, "var column of --ood_data with ids or names; feature_id, or the index.")
+flags.DEFINE_string("counts", None, "Matrix of --ood_data with raw counts: X, raw or a layer; looked for if not given.")
+flags.DEFINE_string("output_dir", None, "Folder for the results; with the run or beside the checkpoint if not given.")
 flags.DEFINE_string("subset_labels", None, "File with one cell type (label or code) a line, for the subset metrics.")
-flags.DEFINE_integer("batch_size", 2048, "Cells computed at a time.", lower_bound=1)
+flags.DEFINE_enum("decoder", DECODERS[0], list(DECODERS), "How probabilities become the type that is predicted.")
+flags.DEFINE_float("confidence", 0.5, "backoff: probability that the predicted type and those below it must hold.")
+flags.DEFINE_bool("detailed_results", None, "Write every cell's probabilities (parquet); for ood, unless said not to.")
+flags.DEFINE_integer("batch_size", 2048, "Cells computed at a time.", lower_bound=1, upper_bound=32_768)
 FLAGS = flags.FLAGS
 
+_OF_H5AD = ("label_column", "donor_column", "dataset_column", "gene_column", "counts")
+_OF_CENSUS = ("dataset_ids", "census_version", "force_download", "output_root")
 
-def load_ensemble() -> tuple[Ensemble, Path]:
-    """Find checkpoint and store from the flags."""
-    for flag in ("run", "checkpoint"):
+
+def check_flags() -> None:
+    """Refuse flags that are empty or do not go together."""
+    for flag in ("run", "checkpoint", "ood_data", "dataset_ids"):
         if FLAGS[flag].present and not all(FLAGS[flag].value or [""]):
-            raise UserError(f"--{flag} has an empty name; leave the flag out to evaluate the newest run")
-    if FLAGS.run and FLAGS.checkpoint:
-        raise UserError("--run and --checkpoint exclude each other; give one of them")
-    data_path = FLAGS.data_path or os.environ.get("DATA_PATH")
-    named = FLAGS.checkpoint or FLAGS.run
-    if named:
-        ensemble = Ensemble([load_model(path) for path in named])
-        return ensemble, Path(data_path or ensemble.card.data_path)
-    if not data_path and not BUILTIN_ATLAS.is_dir():
-        raise UserError("no trained run: set DATA_PATH to a store, or train first (python train.py --config FILE)")
-    store_path = Path(data_path) if data_path else builtin_atlas()
-    return Ensemble([load_model(newest_run(store_path / "tb_logs"))]), store_path
+            raise UserError(f"--{flag} has an empty name; leave the flag out, or name something")
+    named = [flag for flag in ("run", "checkpoint", "checkpoint_list") if FLAGS[flag].value]
+    if len(named) > 1:
+        raise UserError(f"--{named[0]} and --{named[1]} exclude each other; give one of them")
+    useless = [flag for flag in _OF_H5AD if FLAGS[flag].value and not FLAGS.ood_data]
+    useless += [flag for flag in _OF_CENSUS if FLAGS[flag].value and (FLAGS.ood_data or FLAGS.split == "id")]
+    useless += ["ood_data"] if FLAGS.ood_data and FLAGS.split == "id" else []
+    if useless:
+        raise UserError(f"--{useless[0]} says nothing here: it is for --split ood {_where(useless[0])}")
+    if FLAGS.model_type == CELLTYPIST and not (FLAGS.checkpoint and len(FLAGS.checkpoint) == 1):
+        raise UserError("--model_type celltypist needs --checkpoint model.pkl")
 
 
-def results_folder(checkpoints: Sequence[Path]) -> Path:
-    """Return where the metric files of a checkpoint, or of an ensemble, belong."""
-    return id_results_folder(*checkpoints) if len(checkpoints) == 1 else ensemble_results_folder(checkpoints)
+def _where(flag: str) -> str:
+    return "with --ood_data" if flag in _OF_H5AD else "" if flag == "ood_data" else "without --ood_data"
+
+
+def store_path() -> Path | None:
+    """Return the store that is asked for; None: that of the run."""
+    named = FLAGS.data_path or os.environ.get("DATA_PATH")
+    return Path(named) if named else None
+
+
+def trained_on(classifier: Classifier) -> Path:
+    """Return the store that a model was trained on."""
+    if not isinstance(classifier, Ensemble):
+        raise UserError("a CellTypist model knows no store; name one: DATA_PATH or --data_path")
+    return Path(classifier.card.data_path)
+
+
+def load_classifiers() -> list[tuple[Classifier, list[Path]]]:
+    """Load the models that the flags name, each with its checkpoints, of which an ensemble has several."""
+    path = store_path()
+    side = open_store(path).side if path else None
+    if FLAGS.model_type == CELLTYPIST:
+        from hce_jax.evaluation.celltypist import CellTypistClassifier
+
+        if side is None:
+            raise UserError("a CellTypist model knows no store; name one: DATA_PATH or --data_path")
+        return [(CellTypistClassifier(FLAGS.checkpoint[0], side), [Path(FLAGS.checkpoint[0])])]
+    if FLAGS.checkpoint_list:
+        groups: list[Sequence[str | Path]] = [[each] for each in listed_checkpoints(Path(FLAGS.checkpoint_list))]
+    elif named := FLAGS.checkpoint or FLAGS.run:
+        groups = [named]
+    else:
+        if path is None and not BUILTIN_ATLAS.is_dir():
+            raise UserError("no trained run: set DATA_PATH to a store, or train first (python train.py --config FILE)")
+        groups = [[newest_run((path or builtin_atlas()) / "tb_logs")]]
+    return [_load(group, side) for group in groups]
+
+
+def _load(paths: Sequence[str | Path], side: SideFiles | None) -> tuple[Ensemble, list[Path]]:
+    predictors = [open_model(path, side, FLAGS.hparams_file) for path in paths]
+    for predictor in predictors:
+        if FLAGS.model_type not in (None, predictor.model_type):
+            raise CheckpointError(
+                f"{predictor.path} is a {predictor.model_type} model, not {FLAGS.model_type} (--model_type)"
+            )
+    return Ensemble(predictors), [predictor.path for predictor in predictors]
+
+
+def choose_cells(first: Classifier, store: Path) -> Cells:
+    """Find the cells to evaluate on."""
+    if FLAGS.split == "id":
+        opened = open_store(store)
+        return StoreCells(opened.split("test"))
+    kept = store / "ood"
+    if FLAGS.ood_data:
+        files, columns = FLAGS.ood_data, {name.removesuffix("_column"): FLAGS[name].value for name in _OF_H5AD}
+    elif not any(FLAGS[name].value for name in _OF_CENSUS) and any(kept.glob("*.h5ad")):
+        files, columns = [kept], {}
+    else:
+        files, columns = [download(first.side, store)], {}
+    source = H5adSource.open(files, H5adColumns(**{name: value for name, value in columns.items() if value}))
+    cells = SourceCells.choose(source, first.side, CellOntology.open())
+    print(cells.report(), flush=True)
+    return cells
+
+
+def download(side: SideFiles, store: Path) -> Path:
+    """Collect the new studies of a Census, unless they are there."""
+    from hce_jax.census.download import download_new_studies
+
+    return download_new_studies(
+        side,
+        Path(FLAGS.output_root) if FLAGS.output_root else store,
+        census_version=FLAGS.census_version or "2023-12-15",
+        dataset_ids=tuple(FLAGS.dataset_ids or ["diff_2023-05-15"]),
+        force=FLAGS.force_download,
+    )
+
+
+def result_folders(checkpoints: Sequence[Sequence[Path]]) -> list[Path]:
+    """Return where the results of each model belong."""
+    if FLAGS.output_dir and len(checkpoints) == 1:
+        return [Path(FLAGS.output_dir)]
+    folders = [results_folder(each, FLAGS.split) for each in checkpoints]
+    if not FLAGS.output_dir:
+        return folders
+    common = Path(os.path.commonpath([folder.resolve() for folder in folders]))
+    return [Path(FLAGS.output_dir) / folder.resolve().relative_to(common) for folder in folders]
 
 
 def main() -> None:
-    """Predict the test split, write the metric files, print the overall table."""
-    ensemble, store_path = load_ensemble()
-    store = open_store(store_path)
-    ensemble.predictors[0].check_store(store.side)
-    labels, checkpoints = ensemble.card.labels, [predictor.path for predictor in ensemble.predictors]
-    subset = read_subset(FLAGS.subset_labels, labels) if FLAGS.subset_labels else published_subset(labels)
-    for checkpoint in checkpoints:
-        print(f"checkpoint  {checkpoint}")
-    print(f"store       {store.side.path}", flush=True)
+    """Load the models, find the cells, write the results, print the tables."""
+    check_flags()
+    models = load_classifiers()
+    first, checkpoints = models[0][0], [paths for _, paths in models]
+    for other, _ in models[1:]:
+        check_same(first, other)
+    store = store_path() or trained_on(first)
+    for paths in checkpoints:
+        for path in paths:
+            print(f"checkpoint  {path}")
+    print(f"store       {store}", flush=True)
+    cells = choose_cells(first, store)
+    if isinstance(first, Ensemble):
+        first.predictors[0].check_store(cells.side)
+    settings = Settings(
+        split=FLAGS.split,
+        decoder=FLAGS.decoder,
+        confidence=FLAGS.confidence,
+        batch_size=FLAGS.batch_size,
+        detailed=FLAGS.split == "ood" if FLAGS.detailed_results is None else FLAGS.detailed_results,
+        subset_labels=chosen_subset(first.side.labels),
+    )
+    folders = result_folders(checkpoints)
+    jobs = [Job(classifier, folder) for (classifier, _), folder in zip(models, folders, strict=True)]
+    for job, result in zip(jobs, evaluate(cells, jobs, settings), strict=True):
+        report(job, result, settings)
 
-    test_split = store.split("test")
-    folder = Path(FLAGS.output_dir) if FLAGS.output_dir else results_folder(checkpoints)
-    folder.mkdir(parents=True, exist_ok=True)  # a place that cannot be written is found before the work
-    cells = predict_split(ensemble, test_split, min(FLAGS.batch_size, test_split.n_cells))
-    reports = write_id_reports(folder, ensemble.model_type, *cells, ensemble.reachability, subset)
-    plot = folder / f"{ensemble.model_type}_performance_plot.png"
-    title = f"{ensemble.title}: F1 per cell type, held-out donors"
-    performance_plot(reports.per_type, labels, plot, title)
-    print(f"results     {folder}\n\n{overall_table(reports.overall, reports.per_type)}")
-    if subset is not None and reports.subset is not None:
-        print(f"Over the subset of {len(subset)} types: macro F1 {reports.subset['f1-score']['macro avg']:.4f}.")
+
+def chosen_subset(labels: Sequence[str]) -> np.ndarray | None:
+    """Return the codes of the types of the subset table, if there shall be one."""
+    if FLAGS.subset_labels:
+        return read_subset(FLAGS.subset_labels, labels)
+    return published_subset(labels) if FLAGS.split == "id" else None
+
+
+def check_same(first: Classifier, other: Classifier) -> None:
+    """Check that models can be evaluated on the same cells."""
+    if isinstance(first, Ensemble) and isinstance(other, Ensemble):
+        first.predictors[0].check_member(other.predictors[0])
+
+
+def report(job: Job, result: Result, settings: Settings) -> None:
+    """Print what a person reads of a model's results."""
+    print(f"\n{job.classifier.title}\nresults     {job.folder}\n\n{overall_table(result.tallies[settings.decoder])}")
+    subset = result.reports.subset
+    if subset is not None and settings.subset_labels is not None:
+        macro = subset["f1-score"]["macro avg"]
+        print(f"Over the subset of {len(settings.subset_labels)} types: macro F1 {macro:.4f}.")
+    print(f"\n{decoder_table(result.reports.decoders)}")
 
 
 if __name__ == "__main__":

@@ -2,84 +2,34 @@
 
 import dataclasses
 import gc
-import itertools
 import logging
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.sparse as sp
 import xxhash
 from flax import nnx
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
 from hce_jax.errors import CheckpointError
-from hce_jax.input import CellBatch, densify
-from hce_jax.models import MODELS, build_model
+from hce_jax.models import build_model
+from hce_jax.predictor import FORMAT_VERSION, ModelCard, Predictor
 from hce_jax.runs import resolve_checkpoint
-from hce_jax.store import SideFiles
-from hce_jax.typing import Array, Float, Precision, resolve_precision
+from hce_jax.typing import Precision, resolve_precision
 
-#: Expression (n, g): what numpy can read as a matrix, or a scipy sparse matrix.
-Cells: TypeAlias = Any
-
-FORMAT_VERSION = 1
 #: What the user can do something about, in the long text of a library.
 _CAUSES = ("No space left on device", "Disk quota exceeded", "Permission denied", "Read-only file system")
 #: Names of states that are being replaced, and of checkpoints that are being deleted.
 _NEW, _REPLACED, _DELETED = ".new", ".replaced", ".deleted-"
 NORMALISATION = "sf-log1p: counts scaled to 10,000 a cell over these genes, then ln(1 + x)"
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelCard:
-    """What a checkpoint says about its model, beside the weights; stored as JSON.
-
-    Attributes
-    ----------
-    config
-        ``model_type``, the model's hyper-parameters, and the precision of training.
-    gene_ids, gene_names
-        The genes of the input, in order.
-    labels, cl_ids
-        The cell types of the output, in order; ids are None where the store had none.
-    ontology_release
-        Release of the Cell Ontology behind the reachability matrix; None where the store does not tell.
-    normalisation
-        The input's normalisation.
-    loss
-        ``use_hierarchical_loss`` and ``epsilon``, so that a validation loss can be computed again.
-    data_path
-        The store it was trained on.
-    epoch, step
-        Training epochs (from 0) and steps behind the weights.
-    scores
-        Validation loss and F1 at that moment.
-    format_version
-        Version of this layout.
-    """
-
-    config: dict[str, Any]
-    gene_ids: tuple[str, ...]
-    gene_names: tuple[str, ...]
-    labels: tuple[str, ...]
-    cl_ids: tuple[str, ...] | None
-    ontology_release: str | None
-    normalisation: str
-    loss: dict[str, Any]
-    data_path: str
-    epoch: int
-    step: int
-    scores: dict[str, float]
-    format_version: int = FORMAT_VERSION
 
 
 # Orbax logs every error, with a traceback of each of its threads, before it raises it; asyncio what that left behind.
@@ -256,264 +206,6 @@ def delete_checkpoint(path: Path) -> None:
     aside = path.with_name(f"{_DELETED}{path.name}")
     path.rename(aside)
     shutil.rmtree(aside)
-
-
-class Explanation(NamedTuple):
-    """Which genes a model looked at, for each cell; sparse, since a trained mask leaves about 1 % of the genes.
-
-    Attributes
-    ----------
-    importance
-        Importance of each gene (n, g), CSR: the sum over the decision steps of mask times the step's summed output.
-    masks
-        The mask of each decision step (n, g), CSR; each row sums to one.
-    """
-
-    importance: sp.csr_array
-    masks: list[sp.csr_array]
-
-    def normalised(self) -> sp.csr_array:
-        """Return the importance with rows that sum to one; a row without importance stays zero."""
-        totals = self.importance.sum(axis=1)
-        return sp.diags_array(1 / np.where(totals > 0, totals, 1)).tocsr() @ self.importance
-
-    def gene_indices(self) -> list[np.ndarray]:
-        """Return, for each cell, the positions of the genes with an importance above zero."""
-        bounds = itertools.pairwise(self.importance.indptr)
-        return [self.importance.indices[start:end] for start, end in bounds]
-
-
-class Predictor:
-    """A trained model, ready for cells.
-
-    The methods take expression x (n, g), sf-log1p, in the model's gene order, dense (whatever numpy can read) or
-    sparse (best CSR), and compute ``batch_size`` cells at a time: it bounds the memory, not the result. They raise
-    ``CheckpointError`` if x has another number of genes than the model, or the model cannot do what is asked.
-
-    Attributes
-    ----------
-    path
-        The checkpoint.
-    card
-        What it says: genes, labels, ontology, scores.
-    reachability
-        R (c, c) float32.
-    graphdef, params, stats
-        The model's structure and variables.
-
-    Examples
-    --------
-    >>> predictor = load_model("tb_logs/linear/default/version_0")  # doctest: +SKIP
-    >>> predictor.predict_proba(x).argmax(axis=1)  # doctest: +SKIP
-    """
-
-    def __init__(
-        self,
-        path: Path,
-        card: ModelCard,
-        reachability: np.ndarray,
-        graphdef: nnx.GraphDef,
-        params: nnx.State,
-        stats: nnx.State,
-    ):
-        self.path, self.card, self.reachability = path, card, reachability
-        self.graphdef, self.params, self.stats = graphdef, params, stats
-        self._apply = jax.jit(self._apply_to_batch, static_argnums=0)
-
-    @property
-    def model_type(self) -> str:
-        """The kind of model: linear, mlp or tabnet."""
-        return self.card.config["model_type"]
-
-    def predict_proba(self, x: Cells, batch_size: int = 2048) -> Float[np.ndarray, "n c"]:
-        """Return the probability of each cell type for each cell, float32, rows summing to one.
-
-        Examples
-        --------
-        >>> predictor.predict_proba(x).shape  # doctest: +SKIP
-        (1000, 164)
-        """
-        return np.concatenate(list(self._in_batches(_probabilities, x, batch_size)))
-
-    def embed(self, x: Cells, batch_size: int = 2048) -> Float[np.ndarray, "n h"]:
-        """Return the embedding of each cell: MLP, the last hidden layer; TabNet, the sum of the steps' outputs.
-
-        Examples
-        --------
-        >>> predictor.embed(x).shape  # doctest: +SKIP
-        (1000, 128)
-        """
-        self._require("embed", "embedding: MLP and TabNet have one")
-        return np.concatenate(list(self._in_batches(_embedding, x, batch_size)))
-
-    def explain(self, x: Cells, batch_size: int = 2048) -> Explanation:
-        """Return the importance of the genes for each cell, and the masks of the decision steps (TabNet).
-
-        Examples
-        --------
-        >>> explanation = predictor.explain(x)  # doctest: +SKIP
-        >>> [predictor.card.gene_names[i] for i in explanation.gene_indices()[0]]  # doctest: +SKIP
-        """
-        self._require("explain", "masks: TabNet has them")
-        sparse = [
-            jax.tree.map(sp.csr_array, importance_and_masks)
-            for importance_and_masks in self._in_batches(_explanation, x, batch_size)
-        ]
-        importance, masks = zip(*sparse, strict=True)
-        return Explanation(sp.vstack(importance, "csr"), [sp.vstack(step, "csr") for step in zip(*masks, strict=True)])
-
-    def _require(self, method: str, what: str) -> None:
-        _, model_class = MODELS[self.model_type]
-        if not hasattr(model_class, method):
-            raise CheckpointError(f"{self.path} is a {self.model_type} model, which has no {what}")
-
-    def _in_batches(self, function: Callable[[nnx.Module, Array], Any], x: Cells, batch_size: int) -> Iterator[Any]:
-        """Apply a function of the model and a batch (b, g); yield what it gives for the real rows, as numpy arrays."""
-        if batch_size < 1:
-            raise CheckpointError(f"batch_size is {batch_size}; it must be 1 or more")
-        n_genes = len(self.card.gene_ids)
-        x = x.tocsr() if sp.issparse(x) else np.asarray(x)
-        if x.ndim != 2 or x.shape[1] != n_genes:
-            raise CheckpointError(
-                f"x has shape {tuple(x.shape)}, but the model {self.path.name} expects (cells, {n_genes} genes)"
-            )
-        for start in range(0, max(x.shape[0], 1), batch_size):  # no cells: one batch, of which no row is real
-            rows = x[start : start + batch_size]
-            dense = rows if isinstance(rows, np.ndarray) else rows.toarray()
-            padded = np.zeros((batch_size, n_genes), np.float32)  # one shape, one compilation
-            padded[: len(dense)] = dense
-            outputs = self._apply(function, self.params, self.stats, padded)
-            yield jax.tree.map(lambda output: np.asarray(output)[: len(dense)], outputs)  # noqa: B023 (used at once)
-
-    def _apply_to_batch(
-        self, function: Callable[[nnx.Module, Array], Any], params: nnx.State, stats: nnx.State, x_bg: Array
-    ) -> Any:
-        return function(nnx.merge(self.graphdef, params, stats), x_bg)
-
-    def probabilities(self, x_bg: Float[Array, "b g"]) -> Float[Array, "b c"]:
-        """Return the probabilities of a batch that is on the device, as :meth:`predict_proba`.
-
-        Examples
-        --------
-        >>> predictor.probabilities(densify(batch)).shape  # doctest: +SKIP
-        (2048, 164)
-        """
-        return self._apply(_probabilities, self.params, self.stats, x_bg)
-
-    def check_store(self, side: SideFiles) -> None:
-        """Check that a store has this model's genes and labels, in the same order.
-
-        Raises
-        ------
-        CheckpointError
-            If it has not, naming the first difference.
-        """
-        remedy = "evaluate it on the store it was trained on, or one made with the same lists"
-        self._check_lists(f"the store {side.path}", side.gene_ids, side.labels, remedy)
-
-    def check_member(self, other: "Predictor") -> None:
-        """Check that another model has the same genes and labels, so that their probabilities can be averaged.
-
-        Raises
-        ------
-        CheckpointError
-            If it has not, naming the first difference.
-        """
-        remedy = "the members of an ensemble are trained on the same store"
-        self._check_lists(f"the checkpoint {other.path}", other.card.gene_ids, other.card.labels, remedy)
-
-    def _check_lists(self, where: str, gene_ids: tuple[str, ...], labels: tuple[str, ...], remedy: str) -> None:
-        for what, ours, theirs in (("gene", self.card.gene_ids, gene_ids), ("cell type", self.card.labels, labels)):
-            if ours == theirs:
-                continue
-            if len(ours) != len(theirs):
-                raise CheckpointError(
-                    f"the checkpoint {self.path} has {len(ours)} {what}s, {where} has {len(theirs)}; {remedy}"
-                )
-            at = next(i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b)
-            raise CheckpointError(
-                f"the checkpoint {self.path} and {where} list other {what}s: "
-                f"number {at} is {ours[at]!r} in the one and {theirs[at]!r} in the other; {remedy}"
-            )
-
-
-class Ensemble:
-    """Several models that are asked together: the mean of their probabilities (one model: its own).
-
-    Parameters
-    ----------
-    predictors
-        The members, of the same genes and labels.
-
-    Raises
-    ------
-    CheckpointError
-        If they have others, naming the first difference.
-
-    Examples
-    --------
-    >>> ensemble = Ensemble([load_model(f"tb_logs/tabnet/default/version_{k}") for k in range(5)])  # doctest: +SKIP
-    >>> ensemble.predict_proba(x).shape  # doctest: +SKIP
-    (1000, 164)
-    """
-
-    def __init__(self, predictors: Sequence[Predictor]):
-        self.predictors = list(predictors)
-        for number, other in enumerate(self.predictors[1:], 1):
-            self.predictors[0].check_member(other)
-            if other.path.resolve() in [each.path.resolve() for each in self.predictors[:number]]:
-                raise CheckpointError(f"the checkpoint {other.path} is named twice; the members of an ensemble differ")
-
-    @property
-    def card(self) -> ModelCard:
-        """The first member's card; genes and labels are those of all."""
-        return self.predictors[0].card
-
-    @property
-    def reachability(self) -> np.ndarray:
-        """R (c, c), the first member's."""
-        return self.predictors[0].reachability
-
-    @property
-    def model_type(self) -> str:
-        """The members' kind; "ensemble" if they differ."""
-        kinds = {predictor.model_type for predictor in self.predictors}
-        return kinds.pop() if len(kinds) == 1 else "ensemble"
-
-    @property
-    def title(self) -> str:
-        """Models and losses, for a person."""
-        losses = {predictor.card.loss["use_hierarchical_loss"] for predictor in self.predictors}
-        names = [
-            name for hce, name in ((True, "hierarchical cross entropy"), (False, "cross entropy")) if hce in losses
-        ]
-        count = f"{len(self.predictors)} x " if len(self.predictors) > 1 else ""
-        return f"{count}{self.model_type}, {' and '.join(names)}"
-
-    def predict_proba(self, x: Cells, batch_size: int = 2048) -> Float[np.ndarray, "n c"]:
-        """Return the mean of the members' probabilities; arguments as of :meth:`Predictor.predict_proba`."""
-        return np.mean([predictor.predict_proba(x, batch_size) for predictor in self.predictors], axis=0)
-
-    def predict_batch(self, batch: CellBatch) -> Float[np.ndarray, "n c"]:
-        """Return the mean of the members' probabilities for the real cells of a batch of the input pipeline."""
-        x_bg = _densify(batch)
-        mean = np.mean([np.asarray(predictor.probabilities(x_bg)) for predictor in self.predictors], axis=0)
-        return mean[np.asarray(batch.real)]
-
-
-_densify = jax.jit(densify)
-
-
-def _probabilities(model: nnx.Module, x_bg: Array) -> Float[Array, "b c"]:
-    return jax.nn.softmax(model(x_bg)[0])
-
-
-def _embedding(model: nnx.Module, x_bg: Array) -> Float[Array, "b h"]:
-    return model.embed(x_bg)
-
-
-def _explanation(model: nnx.Module, x_bg: Array) -> tuple[Float[Array, "b g"], list[Float[Array, "b g"]]]:
-    return model.explain(x_bg)
 
 
 def load_model(path: str | Path, precision: Precision | None = None) -> Predictor:

@@ -63,7 +63,9 @@ def class_counts(
     return jnp.stack([count(targets_b, right_b), count(predictions_b, counted_b), count(targets_b, counted_b)])
 
 
-def f1_from_counts(counts: Int[AnyArray, "3 c"], average: str = "macro") -> Float[AnyArray, "..."]:
+def f1_from_counts(
+    counts: Int[AnyArray, "3 *r c"], average: str = "macro", *, labelled_only: bool = False
+) -> Float[AnyArray, "..."]:
     r"""F1 from accumulated counts.
 
     .. math:: F1_k = \frac{2\,TP_k}{P_k + A_k}
@@ -72,15 +74,21 @@ def f1_from_counts(counts: Int[AnyArray, "3 c"], average: str = "macro") -> Floa
     ----------
     counts
         True positives, predicted and actual cells per type, as :func:`class_counts` gives them, added up over batches.
-        A numpy array is averaged in float64, a jax array in float32 (also inside jit).
+        A numpy array is averaged in float64, a jax array in float32 (also inside jit). Axes between the first and the
+        last are kept: counts of several groups give F1 of each.
     average
         "macro": the mean of F1 over the types with at least one predicted or actual cell; a type that occurs in only
-        one of the two counts as 0, a type that occurs in neither is left out. "micro": F1 of the summed counts, which
-        is the accuracy. "none": F1 of every type, 0 for a type that does not occur.
+        one of the two counts as 0, a type that occurs in neither is left out. "micro": F1 of the counts summed over
+        the same types: the accuracy, if every cell is predicted to be of some type. "none": F1 of every type, 0 for a
+        type that does not occur.
+    labelled_only
+        Average over the types with at least one actual cell alone: the out-of-distribution rule. A cell that is
+        predicted to be of another type is then missing from the summed counts of predicted cells, so that "micro" is
+        no longer the accuracy.
 
     Returns
     -------
-    A scalar array, or one value per type for "none". Counts of no cells give 0.
+    A scalar array, or one value per type for "none"; with the axes that are kept before. Counts of no cells give 0.
 
     Raises
     ------
@@ -90,7 +98,7 @@ def f1_from_counts(counts: Int[AnyArray, "3 c"], average: str = "macro") -> Floa
     Notes
     -----
     The macro rule is that of torchmetrics' ``MulticlassF1Score(average="macro")``, by which the published models were
-    selected.
+    selected; with ``labelled_only`` the averages are those of scikit-learn's ``f1_score(labels=np.unique(targets))``.
 
     Examples
     --------
@@ -99,22 +107,25 @@ def f1_from_counts(counts: Int[AnyArray, "3 c"], average: str = "macro") -> Floa
     >>> float(f1_from_counts(counts)), float(f1_from_counts(counts, "micro"))
     (0.3333333333333333, 0.5)
     """
-    xp = jnp if isinstance(counts, jax.Array) else np
-    if average == "micro":
-        counts = counts.sum(axis=1, keepdims=True)
-    elif average not in ("macro", "none"):
+    if average not in ("macro", "micro", "none"):
         raise ValueError(f"average is {average!r}; give one of macro, micro, none")
-    right_c, occurring_c = counts[0], counts[1] + counts[2]
-    f1_c = 2 * right_c / xp.maximum(occurring_c, 1)
+    xp = jnp if isinstance(counts, jax.Array) else np
+    counted_c = (counts[2] if labelled_only else counts[1] + counts[2]) > 0
+    if average == "micro":
+        counts = xp.where(counted_c[None], counts, 0).sum(axis=-1, keepdims=True)
+        counted_c = counted_c.any(axis=-1, keepdims=True)
+    f1_c = 2 * counts[0] / xp.maximum(counts[1] + counts[2], 1)
     if average == "none":
         return xp.asarray(f1_c)
-    return xp.asarray(f1_c.sum() / xp.maximum((occurring_c > 0).sum(), 1))
+    # A type that is only predicted has F1 0: leaving it out changes the number of types alone.
+    return xp.asarray(f1_c.sum(axis=-1) / xp.maximum(counted_c.sum(axis=-1), 1))
 
 
 def classification_report_frames(
     targets: Int[np.ndarray, " n"],
     predictions: Int[np.ndarray, " n"],
     labels: Int[np.ndarray, " k"] | None = None,
+    cells: Int[np.ndarray, " n"] | None = None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Precision, recall, F1 and support of every cell type, and their averages, as the published tables hold them.
 
@@ -130,6 +141,8 @@ def classification_report_frames(
     labels
         The types to report on and to average over. Default (the in-distribution rule): every type that occurs among
         the targets or the predictions. For the out-of-distribution rule give :func:`types_present` of the targets.
+    cells
+        How many cells each pair of a target and a prediction stands for; one if not given.
 
     Returns
     -------
@@ -149,7 +162,9 @@ def classification_report_frames(
     >>> float(per_type.loc["3", "f1-score"])
     0.0
     """
-    report = classification_report(targets, predictions, labels=labels, output_dict=True, zero_division=0)
+    report = classification_report(
+        targets, predictions, labels=labels, sample_weight=cells, output_dict=True, zero_division=0
+    )
     table = pd.DataFrame(report).transpose()
     return table.iloc[-N_AVERAGE_ROWS:], table.iloc[:-N_AVERAGE_ROWS]
 

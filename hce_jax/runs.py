@@ -20,7 +20,7 @@ from hce_jax.errors import CheckpointError, ConfigError
 
 CONFIG_FILE = "config.json"
 RESULT_FILE = "result.json"
-_CHECKPOINT = re.compile(r"val_f1_macro_epoch=(\d+)_val_f1_macro=([0-9.]+)\.ckpt")
+_CHECKPOINT = re.compile(r"val_f1_macro_epoch=(\d+)_val_f1_macro=(\d+\.\d+)\.ckpt")
 
 
 def runs_folder(log_dir: Path, model_name: str, use_hierarchical_loss: bool) -> Path:
@@ -180,21 +180,35 @@ def checkpoint_name(epoch: int, val_f1_macro: float) -> str:
     return f"val_f1_macro_epoch={epoch}_val_f1_macro={val_f1_macro:.3f}.ckpt"
 
 
+def epoch_and_score(name: str) -> tuple[int, float] | None:
+    """Return the epoch and the validation macro F1 in the name of a checkpoint; None if it is another name.
+
+    Examples
+    --------
+    >>> epoch_and_score("val_f1_macro_epoch=3_val_f1_macro=0.812.ckpt")
+    (3, 0.812)
+    """
+    match = _CHECKPOINT.fullmatch(name)
+    return (int(match[1]), float(match[2])) if match else None
+
+
 def best_checkpoint(run: Path, exact_score: Callable[[Path], float] = lambda path: 0.0) -> Path | None:
     """Return the checkpoint of a run with the highest F1 in its name; None if there is none.
 
     Names hold three digits: of checkpoints with the same, the one with the highest exact score, and then the earliest,
-    is taken.
+    is taken. A checkpoint of ours is a folder, one of the published code a file.
 
     Examples
     --------
     >>> best_checkpoint(Path("no/such/run")) is None
     True
     """
-    found = [(match, path) for path in (run / "checkpoints").glob("*") if (match := _CHECKPOINT.fullmatch(path.name))]
-    best = [(match, path) for match, path in found if float(match[2]) == max(float(other[2]) for other, _ in found)]
+    found = [
+        (*described, path) for path in (run / "checkpoints").glob("*") if (described := epoch_and_score(path.name))
+    ]
+    best = [(epoch, path) for epoch, score, path in found if score == max(other for _, other, _ in found)]
     if len(best) > 1:
-        best.sort(key=lambda each: (-exact_score(each[1]), int(each[0][1])))
+        best.sort(key=lambda each: (-exact_score(each[1]), each[0]))
     return best[0][1] if best else None
 
 
@@ -220,7 +234,7 @@ def newest_run(log_dir: Path) -> Path:
 
 
 def resolve_checkpoint(path: Path, exact_score: Callable[[Path], float] = lambda path: 0.0) -> Path:
-    """Return the checkpoint that a user names: a checkpoint folder itself, or the best one of a run folder.
+    """Return the checkpoint that a user names: a checkpoint itself, or the best one of a run folder.
 
     ``exact_score`` as in :func:`best_checkpoint`.
 
@@ -234,7 +248,7 @@ def resolve_checkpoint(path: Path, exact_score: Callable[[Path], float] = lambda
     >>> resolve_checkpoint(Path("tb_logs/linear/default/version_0"))  # doctest: +SKIP
     """
     if not path.exists():
-        raise CheckpointError(f"{path} does not exist; name a checkpoint folder (*.ckpt) or a run folder (version_N)")
+        raise CheckpointError(f"{path} does not exist; name a checkpoint (*.ckpt) or a run folder (version_N)")
     if (path / "checkpoints").is_dir():
         checkpoint = best_checkpoint(path, exact_score)
         if checkpoint is None:
@@ -243,39 +257,86 @@ def resolve_checkpoint(path: Path, exact_score: Callable[[Path], float] = lambda
     return path
 
 
-def id_results_folder(checkpoint: Path) -> Path:
-    """Return where the ID evaluation of a checkpoint is written: sctab_test/ of its run, or beside a lone checkpoint.
+def results_folder(checkpoints: Sequence[Path], split: str) -> Path:
+    """Return where the results of a checkpoint, or of several asked together, are written.
 
-    Examples
-    --------
-    >>> id_results_folder(Path("version_0/checkpoints/a.ckpt")).as_posix()
-    'version_0/sctab_test/a'
-    """
-    parent = checkpoint.parent
-    return (
-        (parent.parent if parent.name == "checkpoints" else parent)
-        / "sctab_test"
-        / checkpoint.name.removesuffix(".ckpt")
-    )
-
-
-def ensemble_results_folder(checkpoints: Sequence[Path]) -> Path:
-    """Return where the ID evaluation of an ensemble is written: beside the runs of its members.
+    On held-out donors (id) that is sctab_test/ of the run, on new studies (ood) a folder beside the checkpoint, as
+    published; of several a folder beside their runs.
 
     Raises
     ------
     ConfigError
-        If the members are not checkpoints of runs.
+        If they are several, and not checkpoints of runs.
 
     Examples
     --------
-    >>> runs = [Path(f"linear/default/version_{k}/checkpoints/a.ckpt") for k in (0, 1)]
-    >>> ensemble_results_folder(runs).as_posix()
+    >>> results_folder([Path("version_0/checkpoints/a.ckpt")], "id").as_posix()
+    'version_0/sctab_test/a'
+    >>> results_folder([Path("version_0/checkpoints/a.ckpt")], "ood").as_posix()
+    'version_0/checkpoints/a'
+    >>> results_folder([Path(f"linear/default/version_{k}/checkpoints/a.ckpt") for k in (0, 1)], "id").as_posix()
     'linear/default/ensemble_0_1/sctab_test'
     """
+    if len(checkpoints) > 1:
+        return _ensemble_folder(checkpoints) / ("sctab_test" if split == "id" else "ood")
+    (checkpoint,) = checkpoints
+    parent, name = checkpoint.parent, checkpoint.stem if checkpoint.suffix in (".ckpt", ".pkl") else checkpoint.name
+    if split == "id":
+        return (parent.parent if parent.name == "checkpoints" else parent) / "sctab_test" / name
+    return parent / (name if name != checkpoint.name else f"{name}_ood")
+
+
+def _ensemble_folder(checkpoints: Sequence[Path]) -> Path:
     runs = [checkpoint.parent.parent for checkpoint in checkpoints]
     if not all(re.fullmatch(r"version_\d+", run.name) for run in runs):
         raise ConfigError("where the results of these checkpoints belong cannot be told; name a folder: --output_dir")
     parents = {run.parent for run in runs}
     names = [str(version_of(run)) if len(parents) == 1 else f"{run.parts[-3]}-{version_of(run)}" for run in runs]
-    return runs[0].parent / f"ensemble_{'_'.join(names)}" / "sctab_test"
+    return runs[0].parent / f"ensemble_{'_'.join(names)}"
+
+
+def listed_checkpoints(path: Path) -> list[Path]:
+    """Return the checkpoints that a file names, one a line, or that lie below a folder.
+
+    A line may itself name a folder: a checkpoint, or one that has some below it. Empty lines and comments (#) do not
+    count. Relative names are seen from the working directory, or else from the folder of the file.
+
+    Raises
+    ------
+    CheckpointError
+        If there is no such file or folder, or no checkpoint.
+
+    Examples
+    --------
+    >>> listed_checkpoints(Path("checkpoint_list.txt"))  # doctest: +SKIP
+    """
+    if path.is_dir():
+        return _checkpoints_in(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist; name a file with a checkpoint a line, or a folder of runs")
+    found: list[Path] = []
+    for number, line in enumerate(path.read_text(errors="replace").splitlines(), start=1):
+        if not (name := line.strip()) or name.startswith("#"):
+            continue
+        named = next((each for each in (Path(name), path.parent / name) if each.exists()), None)
+        if named is None:
+            raise CheckpointError(f"{path}, line {number}: {name} does not exist; name a checkpoint or a folder a line")
+        found += _checkpoints_in(named) if named.is_dir() else [named]
+    if not found:
+        raise CheckpointError(f"{path} names no checkpoint; name one a line")
+    if len({each.resolve() for each in found}) < len(found):
+        double = next(each for number, each in enumerate(found) if each.resolve() in map(Path.resolve, found[:number]))
+        raise CheckpointError(f"{path} names {double} twice; name each checkpoint once")
+    return found
+
+
+def _checkpoints_in(folder: Path) -> list[Path]:
+    """Return a folder that is a checkpoint itself, or all checkpoints below it."""
+    if folder.suffix == ".ckpt" or (folder / "_CHECKPOINT_METADATA").exists():
+        return [folder]
+    # Neither what lies in a checkpoint, nor what is being deleted.
+    below = list(folder.rglob("[!.]*.ckpt"))
+    found = sorted(path for path in below if not any(other in path.parents for other in below))
+    if not found:
+        raise CheckpointError(f"there is no checkpoint (*.ckpt) below {folder}")
+    return found

@@ -2,16 +2,28 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import anndata
+import numpy as np
 import pandas as pd
 import pytest
+import scipy.sparse as sp
+from absl.testing import flagsaver
 from messages import one_line_error
-from stores import LABELS, N_TYPES, write_tiny_store
+from stores import LABELS, N_GENES, N_TYPES, write_tiny_store
+
+from hce_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
+RESULTS = (
+    "overall_metrics.csv per_class_metrics.csv per_assay_metrics.csv per_dataset_metrics.csv per_disease_metrics.csv "
+    "per_tissue_metrics.csv per_tissue_general_metrics.csv hierarchical_metrics.csv calibration.csv calibration.png "
+    "confusion_ontology.png performance_plot.png"
+).split()
 FAST = ("--config.batch_size=30", "--config.max_epochs=2", "--config.learning_rate=0.05")
 
 
@@ -56,8 +68,7 @@ def test_evaluation_takes_the_newest_run_and_writes_the_metric_files_beside_it(s
     (folder,) = (store_path / "tb_logs/linear_hierarchical_loss/default/version_0/sctab_test").iterdir()
     (checkpoint,) = (folder.parents[1] / "checkpoints").glob("*.ckpt")
     assert folder.name + ".ckpt" == checkpoint.name
-    names = {"linear_overall_metrics.csv", "linear_per_class_metrics.csv", "linear_performance_plot.png"}
-    assert {path.name for path in folder.iterdir()} == names
+    assert {path.name for path in folder.iterdir()} == {f"linear_{name}" for name in RESULTS}
     overall = pd.read_csv(folder / "linear_overall_metrics.csv", index_col=0)
     assert list(overall.index) == ["accuracy", "macro avg", "weighted avg"]
     assert f"{overall.loc['accuracy', 'f1-score']:.4f}" in done.stdout
@@ -72,6 +83,82 @@ def test_evaluation_of_a_named_checkpoint_into_a_named_folder_with_a_subset(stor
     table = pd.read_csv(tmp_path / "out" / "linear_per_class_metrics.csv", index_col=0)
     subset = pd.read_csv(tmp_path / "out" / "linear_subset_metrics.csv", index_col=0)
     assert subset.loc["macro avg", "f1-score"] == pytest.approx(table.loc[[1, 4], "f1-score"].mean())
+
+
+def write_study(path, labels, **columns):
+    """Counts over the genes of the tiny store, in another order and with one that it lacks."""
+    genes = [f"ENSG{gene:011d}" for gene in [*range(N_GENES - 1, -1, -1), 77]]
+    counts = np.random.default_rng(0).poisson(3, (len(labels), len(genes)))
+    obs = pd.DataFrame({"cell_type": labels, "donor_id": "d", "tissue": "lung"}, [f"c{i}" for i in range(len(labels))])
+    anndata.AnnData(
+        sp.csr_matrix(counts.astype(np.float32)), obs.assign(**columns), pd.DataFrame(index=genes)
+    ).write_h5ad(path)
+    return path
+
+
+def test_new_studies_are_read_once_for_every_checkpoint_of_a_list(store_path, trained, tmp_path):
+    (checkpoint,) = (store_path / "tb_logs").glob("*/default/version_0/checkpoints/*.ckpt")
+    second = tmp_path / "runs" / "linear" / "default" / "version_1" / "checkpoints" / checkpoint.name
+    shutil.copytree(checkpoint, second)
+    (tmp_path / "list.txt").write_text(f"{checkpoint}\n{tmp_path / 'runs'}\n")
+    labels = [*LABELS] * 6 + ["neuron"] * 4
+    study = write_study(tmp_path / "study.h5ad", labels, donor_id=[f"d{i % 3}" for i in range(34)])
+    done = run(tmp_path, "evaluate.py", "--split=ood", f"--ood_data={study}", "--checkpoint_list=list.txt")
+    assert done.returncode == 0, done.stderr
+    assert "30 of 34 in study.h5ad are of 5 of the model's 5 types, from 1 study" in done.stdout
+    assert "left out    neuron: 4" in done.stdout
+    for path in (checkpoint, second):
+        folder = path.parent / path.name.removesuffix(".ckpt")
+        assert {file.name for file in folder.iterdir()} == {
+            f"linear_{n}" for n in [*RESULTS, "detailed_results.parquet"]
+        }
+        detailed = pd.read_parquet(folder / "linear_detailed_results.parquet")
+        assert list(detailed["y_true"]) == labels[:30]
+        assert set(detailed["tissue"]) == {"lung"}
+    assert done.stdout.count("macro, labelled types") == 2
+
+
+def test_several_results_go_into_folders_of_a_named_one(store_path, trained, tmp_path):
+    (checkpoint,) = (store_path / "tb_logs").glob("*/default/version_0/checkpoints/*.ckpt")
+    for version in (0, 1):
+        shutil.copytree(checkpoint, tmp_path / "runs" / f"version_{version}" / "checkpoints" / checkpoint.name)
+    arguments = ("--checkpoint_list=runs", "--output_dir=out", "--decoder=backoff", "--confidence=0.9")
+    done = run(tmp_path, "evaluate.py", *arguments, DATA_PATH=str(store_path))
+    assert done.returncode == 0, done.stderr
+    folders = {path.parent.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*_overall_metrics.csv")}
+    name = checkpoint.name.removesuffix(".ckpt")
+    assert folders == {f"out/version_{version}/sctab_test/{name}" for version in (0, 1)}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--split=ood", "--ood_data=nowhere.h5ad"), "nowhere.h5ad does not exist; name h5ad files"),
+        (("--split=ood", "--ood_data="), "--ood_data has an empty name"),
+        (("--ood_data=study.h5ad",), "--ood_data says nothing here: it is for --split ood"),
+        (
+            ("--split=ood", "--label_column=type"),
+            "--label_column says nothing here: it is for --split ood with --ood_data",
+        ),
+        (("--split=ood", "--ood_data=study.h5ad", "--label_column=type"), "study.h5ad has no column 'type' in obs"),
+        (("--split=ood", "--ood_data=study.h5ad", "--census_version=2023-12-15"), "--census_version says nothing here"),
+        (("--split=ood", "--ood_data=strange.h5ad"), "no cell of strange.h5ad is of one of the model's 5 types"),
+        (("--confidence=2",), "--confidence=2.0"),
+        (("--model_type=mlp",), "is a linear model, not mlp (--model_type)"),
+        (("--model_type=celltypist",), "--model_type celltypist needs --checkpoint model.pkl"),
+        (("--checkpoint_list=absent.txt",), "absent.txt does not exist"),
+    ],
+)
+def test_a_mistake_on_evaluate_s_command_line_is_named(store_path, trained, tmp_path, monkeypatch, arguments, says):
+    import evaluate  # its flags are defined for the whole process
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DATA_PATH", str(store_path))
+    write_study(tmp_path / "study.h5ad", ["T cell"])
+    write_study(tmp_path / "strange.h5ad", ["neuron"])
+    with flagsaver.flagsaver(), pytest.raises(UserError, match=re.escape(says)):
+        evaluate.FLAGS(["evaluate.py", *arguments])
+        evaluate.main()
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,18 @@ def test_f1_is_sklearn_s_over_the_types_that_occur(seed):
         np.testing.assert_allclose(jitted(counts, average), expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("average", ["macro", "micro"])
+def test_f1_over_labelled_types_alone_is_sklearn_s_for_each_of_several_groups(average):
+    cells = [random_cells(seed) for seed in range(3)]
+    expected = [f1_score(*each, labels=np.unique(each[0]), average=average, zero_division=0) for each in cells]
+    counts = np.stack([np.asarray(class_counts(*each, 15)) for each in cells], axis=1)
+    found = f1_from_counts(counts, average, labelled_only=True)
+    np.testing.assert_allclose(found, expected, rtol=1e-15)
+    assert (found > f1_from_counts(counts, average)).all()
+    on_device = jax.jit(f1_from_counts, static_argnames=("average", "labelled_only"))
+    np.testing.assert_allclose(on_device(jnp.asarray(counts), average=average, labelled_only=True), expected, rtol=1e-6)
+
+
 @pytest.mark.parametrize("convert", [np.asarray, jnp.asarray])
 def test_f1_of_no_cells_is_zero(convert):
     counts = convert(np.zeros((3, 4), int))

@@ -1,4 +1,5 @@
 import os
+from pathlib import Path
 
 import pytest
 
@@ -6,10 +7,11 @@ from hce_jax.errors import CheckpointError, ConfigError
 from hce_jax.runs import (
     best_checkpoint,
     checkpoint_name,
-    id_results_folder,
+    listed_checkpoints,
     new_run_folder,
     newest_run,
     resolve_checkpoint,
+    results_folder,
     runs_folder,
 )
 
@@ -68,5 +70,67 @@ def test_what_has_no_checkpoint_is_named(tmp_path):
 def test_results_go_to_the_run_or_beside_a_lone_checkpoint(tmp_path):
     name = checkpoint_name(3, 0.5)
     results = "sctab_test/val_f1_macro_epoch=3_val_f1_macro=0.500"
-    assert id_results_folder(tmp_path / "checkpoints" / name) == tmp_path / results
-    assert id_results_folder(tmp_path / name) == tmp_path / results
+    assert results_folder([tmp_path / "checkpoints" / name], "id") == tmp_path / results
+    assert results_folder([tmp_path / name], "id") == tmp_path / results
+
+
+def test_results_on_new_studies_lie_beside_the_checkpoint_never_in_it(tmp_path):
+    name = checkpoint_name(3, 0.5)
+    assert results_folder([tmp_path / name], "ood") == tmp_path / "val_f1_macro_epoch=3_val_f1_macro=0.500"
+    assert results_folder([tmp_path / "model.pkl"], "ood") == tmp_path / "model"
+    assert results_folder([tmp_path / "mine"], "ood") == tmp_path / "mine_ood"
+    assert results_folder([tmp_path / "v1.2"], "ood") == tmp_path / "v1.2_ood"
+
+
+def test_results_of_an_ensemble_lie_beside_its_runs(tmp_path):
+    members = [tmp_path / "linear" / "default" / f"version_{k}" / "checkpoints" / "a.ckpt" for k in (0, 2)]
+    folder = tmp_path / "linear" / "default" / "ensemble_0_2"
+    assert results_folder(members, "id") == folder / "sctab_test"
+    assert results_folder(members, "ood") == folder / "ood"
+    with pytest.raises(ConfigError, match="--output_dir"):
+        results_folder([tmp_path / "a.ckpt", tmp_path / "b.ckpt"], "ood")
+
+
+def made(*paths):
+    """Folders of checkpoints."""
+    for path in paths:
+        path.mkdir(parents=True)
+    return paths
+
+
+def test_a_list_names_checkpoints_and_folders_of_them(tmp_path, monkeypatch):
+    first, second = made(tmp_path / "runs" / "a" / "x.ckpt", tmp_path / "runs" / "b" / "y.ckpt")
+    published = tmp_path / "published.ckpt"
+    published.write_text("")
+    ours = tmp_path / "mine"  # a checkpoint of another name, as import-torch writes it
+    ours.mkdir()
+    (ours / "_CHECKPOINT_METADATA").write_text("{}")
+    made(first / "inner" / "inner.ckpt", tmp_path / "runs" / ".deleted-z.ckpt")  # what is none
+    listed = tmp_path / "list.txt"
+    listed.write_text(f"# of the paper\n{published}\n\n  runs \nmine\n")
+    assert listed_checkpoints(listed) == [published, first, second, ours]
+    assert listed_checkpoints(tmp_path / "runs") == [first, second]
+    assert listed_checkpoints(first) == [first]
+    monkeypatch.chdir(tmp_path)
+    assert listed_checkpoints(listed)[1:3] == [Path("runs/a/x.ckpt"), Path("runs/b/y.ckpt")]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("nowhere.ckpt", "list.txt, line 1: nowhere.ckpt does not exist"),
+        ("\n#\n", "list.txt names no checkpoint"),
+        ("runs\nruns/a.ckpt", "names .*a.ckpt twice"),
+        ("empty", "no checkpoint .* below .*empty"),
+    ],
+)
+def test_a_mistake_in_a_list_is_named(tmp_path, text, says):
+    made(tmp_path / "runs" / "a.ckpt", tmp_path / "empty")
+    (tmp_path / "list.txt").write_text(text)
+    with pytest.raises(CheckpointError, match=says):
+        listed_checkpoints(tmp_path / "list.txt")
+
+
+def test_a_missing_list_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match=r"list.txt does not exist; name a file"):
+        listed_checkpoints(tmp_path / "list.txt")

@@ -1,57 +1,133 @@
-"""Predictions and scores of a checkpoint on a store's splits."""
+"""Cells read and classified by several threads, in order; and what checkpoints say of a store's splits."""
 
-from collections.abc import Iterator
+import itertools
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hce_jax.checkpoint import Ensemble, Predictor, load_model
-from hce_jax.input import CellBatch, DenseBatch, densify, evaluation_batches
+from hce_jax.checkpoint import load_model
+from hce_jax.evaluation.cells import Cells, StoreCells
+from hce_jax.input import DenseBatch, Expression, densify, evaluation_batches
+from hce_jax.predictor import Predictor
 from hce_jax.progress import progress
-from hce_jax.store import Split, open_store
+from hce_jax.store import Block, SideFiles, Split, open_store
+from hce_jax.store.split import n_readers
+from hce_jax.store.threads import CellBar
 from hce_jax.training.steps import Evaluation, Objective, evaluate, make_eval_step
-from hce_jax.typing import Float, Int
+from hce_jax.typing import Float
+
+#: Batches that are dense at a time, each some hundred MB: one is computed, one is made ready.
+_DENSE_BATCHES = 2
 
 
-class LabelledPredictions(NamedTuple):
-    """Targets and predictions of a split's cells, in the order of the store, each (n,).
+@runtime_checkable
+class Classifier(Protocol):
+    """What can be evaluated: a model of ours, several together, or one of another kind."""
+
+    @property
+    def model_type(self) -> str:
+        """How the files of its results begin."""
+
+    @property
+    def title(self) -> str:
+        """What it is, for a person."""
+
+    @property
+    def side(self) -> SideFiles:
+        """Its genes, cell types and hierarchy."""
+
+    @property
+    def reads_sparse(self) -> bool:
+        """Whether it never makes a batch dense."""
+
+    def predict_block(self, cells: Expression) -> Float[np.ndarray, "n c"]:
+        """Return the probability of each type for each cell; several threads may ask at a time."""
+
+
+class Classified(NamedTuple):
+    """Some cells, and for each classifier the probabilities of their types.
 
     Attributes
     ----------
-    targets
-        The authors' labels.
-    predictions
-        argmax of the softmax, not corrected.
+    block
+        The cells; their columns as :meth:`Cells.read_block` gives them.
+    probabilities
+        (n, c) float32 each.
     """
 
-    targets: Int[np.ndarray, "n"]
-    predictions: Int[np.ndarray, "n"]
+    block: Block
+    probabilities: list[Float[np.ndarray, "n c"]]
 
 
-def predict_split(ensemble: Ensemble, split: Split, batch_size: int = 2048) -> LabelledPredictions:
-    """Predict the cells of a split, in batches.
+def classified(cells: Cells, classifiers: Sequence[Classifier], batch_size: int = 2048) -> Iterator[Classified]:
+    """Go through all cells in their order, under a progress bar. Memory holds a few batches.
+
+    Parameters
+    ----------
+    cells
+        The cells.
+    classifiers
+        All of them see each batch, which is read once.
+    batch_size
+        Cells of a batch, which are computed together.
 
     Examples
     --------
-    >>> predict_split(Ensemble([load_model(run)]), open_store(path).split("test")).predictions.shape  # doctest: +SKIP
-    (3448832,)
+    >>> for batch in classified(StoreCells(split), [load_model(run)]):  # doctest: +SKIP
+    ...     batch.probabilities[0].argmax(axis=1)
     """
-    targets, predictions = [], []
-    for batch, probabilities in _predicted_batches(ensemble, split, batch_size):
-        targets.append(batch.targets[batch.real])
-        predictions.append(probabilities.argmax(axis=1))
-    return LabelledPredictions(np.concatenate(targets), np.concatenate(predictions))
+    slots = nullcontext() if all(each.reads_sparse for each in classifiers) else threading.Semaphore(_DENSE_BATCHES)
+
+    def classify(blocks: Sequence[tuple[int, slice]]) -> Classified:
+        pieces = [cells.read_block(index).slice(part.start, part.stop) for index, part in blocks]
+        block = Block.concatenate(pieces)
+        with slots:
+            expression = Expression(block)
+            return Classified(block, [each.predict_block(expression) for each in classifiers])
+
+    with (
+        CellBar(cells.title, int(cells.block_sizes.sum())) as bar,
+        ThreadPoolExecutor(n_readers()) as pool,
+    ):
+        batches = _batches(cells.block_sizes, batch_size)
+        waiting: deque[Future[Classified]] = deque()
+        try:
+            for batch in itertools.chain(batches, itertools.repeat(None)):
+                if batch is not None:
+                    waiting.append(pool.submit(classify, batch))
+                    if len(waiting) <= n_readers():
+                        continue
+                elif not waiting:
+                    return
+                done = waiting.popleft().result()
+                bar.update(len(done.block))
+                yield done
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
-def _predicted_batches(
-    ensemble: Ensemble, split: Split, batch_size: int
-) -> Iterator[tuple[CellBatch, Float[np.ndarray, "n c"]]]:
-    with progress(evaluation_batches(split, batch_size), -(-split.n_cells // batch_size), split.name) as bar:
-        for batch in bar:
-            yield batch, ensemble.predict_batch(batch)
+def _batches(block_sizes: np.ndarray, batch_size: int) -> Iterator[list[tuple[int, slice]]]:
+    """Cut blocks into batches: as many whole blocks as fit, or a part of one that is larger than a batch."""
+    batch: list[tuple[int, slice]] = []
+    n_cells = 0
+    for index, size in enumerate(block_sizes.tolist()):
+        for start in range(0, size, batch_size):
+            stop = min(start + batch_size, size)
+            if n_cells + stop - start > batch_size:
+                yield batch
+                batch, n_cells = [], 0
+            batch.append((index, slice(start, stop)))
+            n_cells += stop - start
+    if batch:
+        yield batch
 
 
 def predict(
@@ -85,9 +161,7 @@ def predict(
     (3448832, 164)
     """
     predictor, cells = _open(checkpoint, data_path, split)
-    return np.concatenate(
-        [probabilities for _, probabilities in _predicted_batches(Ensemble([predictor]), cells, batch_size)]
-    )
+    return np.concatenate([batch.probabilities[0] for batch in classified(StoreCells(cells), [predictor], batch_size)])
 
 
 def validate(checkpoint: str | Path, data_path: str | Path | None = None, batch_size: int = 2048) -> Evaluation:

@@ -1,10 +1,10 @@
-"""The metric files of the in-distribution evaluation, and the table that a person reads."""
+"""The metric files of an evaluation, and the tables that a person reads."""
 
 from __future__ import annotations
 
 import difflib
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,9 +12,10 @@ import numpy as np
 import pandas as pd
 
 from hce_jax.errors import StoreError, UserError
+from hce_jax.evaluation.hierarchical import calibration_table, decoder_scores, stratified_table
+from hce_jax.evaluation.tally import Tally
 from hce_jax.files import written_aside
-from hce_jax.hierarchy.reachability import correct_predictions
-from hce_jax.metrics import classification_report_frames
+from hce_jax.metrics import classification_report_frames, f1_from_counts
 from hce_jax.typing import Int
 
 #: Codes of the 80 shared cell types over which the published evaluation of the held-out donors averages once more
@@ -33,22 +34,239 @@ PUBLISHED_SUBSET = (
 PUBLISHED_LABELS_SHA256 = "dbb5bca6ce7cc8e5be9dd58e0310075a4343aff351715d3980847ea77f0e7530"
 
 
-class IdReports(NamedTuple):
-    """The tables of an in-distribution evaluation; the columns of each are precision, recall, f1-score, support.
+#: The groups of cells that have a table each, as its file is called, and their column.
+STRATA = {
+    "assay": "assay",
+    "dataset": "dataset_id",
+    "disease": "disease",
+    "tissue": "tissue",
+    "tissue_general": "tissue_general",
+}
+
+
+class Rule(NamedTuple):
+    """Over which types a macro average goes, and over which cells its interval is resampled.
+
+    Attributes
+    ----------
+    labelled_only
+        Only over types that occur among the labels; else also over those that are only predicted.
+    resampled
+        Column of the groups of cells that are drawn.
+    """
+
+    labelled_only: bool
+    resampled: str
+
+
+#: The published rules of the two evaluations; the interval is over what makes the noise.
+RULES = {"id": Rule(labelled_only=False, resampled="donor_id"), "ood": Rule(labelled_only=True, resampled="dataset_id")}
+
+
+class Reports(NamedTuple):
+    """The tables of an evaluation.
 
     Attributes
     ----------
     overall
-        Rows accuracy, macro avg, weighted avg, over every type among the labels or the corrected predictions.
+        The published averages: accuracy (or micro avg), macro avg, weighted avg; as the next two with the columns
+        precision, recall, f1-score, support.
     per_type
-        One row per such type, indexed by its code as text.
+        One row per type that is averaged over, indexed by its code as text.
     subset
         Averages over the types of the subset alone, or None where there is no subset.
+    strata
+        For each of the :data:`STRATA` one row per group.
+    decoders
+        One row per decoder, every number of :func:`hce_jax.evaluation.hierarchical.decoder_scores`.
+    calibration
+        Of :func:`hce_jax.evaluation.hierarchical.calibration_table`.
     """
 
     overall: pd.DataFrame
     per_type: pd.DataFrame
     subset: pd.DataFrame | None
+    strata: dict[str, pd.DataFrame]
+    decoders: pd.DataFrame
+    calibration: pd.DataFrame
+
+    def files(self, model_type: str) -> dict[str, pd.DataFrame | None]:
+        """Return the tables by the names of their files."""
+        tables = {"overall": self.overall, "per_class": self.per_type, "subset": self.subset}
+        tables |= {f"per_{name}": table for name, table in self.strata.items()}
+        tables["hierarchical"] = self.decoders
+        return {f"{model_type}_{name}_metrics.csv": table for name, table in tables.items()} | {
+            f"{model_type}_calibration.csv": self.calibration
+        }
+
+
+def make_reports(
+    tallies: Mapping[str, Tally],
+    decoder: str,
+    rule: Rule,
+    lookups: Mapping[str, Sequence[str]],
+    subset_labels: Int[np.ndarray, " k"] | None = None,
+) -> Reports:
+    """Make the tables of what was counted. A prediction that is a descendant of the cell's label counts as the label.
+
+    Parameters
+    ----------
+    tallies
+        What was counted for each decoder.
+    decoder
+        Whose predictions all tables but that of the decoders are about.
+    rule
+        One of the :data:`RULES`.
+    lookups
+        Names of the groups of each column.
+    subset_labels
+        Codes to average over in the subset table; they need not occur. :func:`published_subset` gives those of the
+        published store, :func:`read_subset` those of a file.
+
+    Raises
+    ------
+    StoreError
+        If there is no cell.
+
+    Examples
+    --------
+    >>> from hce_jax.evaluation.tally import GROUP_COLUMNS
+    >>> tally = Tally(np.array([[1, 1], [0, 1]]), dict.fromkeys(GROUP_COLUMNS, 1))  # type 1 is a kind of type 0
+    >>> one = dict.fromkeys(GROUP_COLUMNS, np.zeros(2, int))
+    >>> tally.add(np.array([0, 1]), np.array([1, 1]), np.array([0.9, 0.8]), one)
+    >>> reports = make_reports({"argmax": tally}, "argmax", RULES["ood"], dict.fromkeys(GROUP_COLUMNS, ["blood"]))
+    >>> float(reports.overall.loc["accuracy", "f1-score"])
+    1.0
+    """
+    tally = tallies[decoder]
+    if not tally.n_cells:
+        raise StoreError("there is no cell to report on; choose another split, or other cells")
+    labels, predictions = np.nonzero(tally.corrected)
+    n_cells = tally.corrected[labels, predictions]
+    types = np.unique(labels)
+    if not rule.labelled_only:
+        types = np.union1d(types, predictions)
+        types = types[types < len(tally.confusion)]  # the column behind the types: unassigned
+    overall, per_type = classification_report_frames(labels, predictions, types, n_cells)
+    subset = None
+    if subset_labels is not None:
+        subset, _ = classification_report_frames(labels, predictions, subset_labels, n_cells)
+    scores = {name: _scores(each, rule) for name, each in tallies.items()}
+    return Reports(
+        overall=overall,
+        per_type=per_type,
+        subset=subset,
+        strata={name: stratified_table(tally.groups[column], lookups[column], name) for name, column in STRATA.items()},
+        decoders=pd.DataFrame.from_dict(scores, orient="index").rename_axis("decoder"),
+        calibration=calibration_table(tally.calibration),
+    )
+
+
+def _scores(tally: Tally, rule: Rule) -> dict[str, float]:
+    groups = tally.groups[rule.resampled]
+    return decoder_scores(tally.confusion, groups, tally.calibration, tally.reachability, rule.labelled_only)
+
+
+def write_reports(folder: str | Path, model_type: str, reports: Reports) -> None:
+    """Write the tables as CSV files, the published ones byte for byte as the published evaluation writes them.
+
+    Parameters
+    ----------
+    folder
+        Where the files go; made if it is not there. A subset table of an older evaluation is removed if there is none.
+    model_type
+        The beginning of the files' names.
+    reports
+        Of :func:`make_reports`.
+
+    Examples
+    --------
+    >>> write_reports("results", "linear", reports)  # doctest: +SKIP
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for name, table in reports.files(model_type).items():
+        path = Path(folder) / name
+        if table is None:
+            path.unlink(missing_ok=True)
+        else:
+            with written_aside(path) as aside:
+                table.to_csv(aside, index=table is not reports.calibration)
+
+
+def overall_table(tally: Tally) -> str:
+    """Lay out the averages for a terminal, and say what each of the two macro averages counts.
+
+    Parameters
+    ----------
+    tally
+        What was counted.
+
+    Examples
+    --------
+    >>> from hce_jax.evaluation.tally import GROUP_COLUMNS
+    >>> tally = Tally(np.eye(4), dict.fromkeys(GROUP_COLUMNS, 1))
+    >>> one = dict.fromkeys(GROUP_COLUMNS, np.zeros(4, int))
+    >>> tally.add(np.array([0, 0, 1, 1]), np.array([0, 0, 1, 3]), np.ones(4), one)
+    >>> print(overall_table(tally))
+                           precision    recall        F1
+    accuracy                                      0.7500
+    macro, all types          0.6667    0.5000    0.5556
+    macro, labelled types     1.0000    0.7500    0.8333
+    weighted by cells         1.0000    0.7500    0.8333
+    4 cells of 2 labelled types; 3 types among labels and predictions.
+    All types: a type that is only predicted counts as 0 (macro avg of the id files).
+    Labelled types: only types that occur among the labels (macro avg of the ood files).
+    """
+    right, predicted, actual = tally.counts
+    scores = np.stack(
+        [right / np.maximum(predicted, 1), right / np.maximum(actual, 1), f1_from_counts(tally.counts, "none")]
+    )
+    labelled, occurring = actual > 0, predicted + actual > 0
+    averages = {
+        "macro, all types": scores[:, occurring].mean(axis=1),
+        "macro, labelled types": scores[:, labelled].mean(axis=1),
+        "weighted by cells": scores @ actual / actual.sum(),
+    }
+    lines = [
+        f"{'':22}{'precision':>10}{'recall':>10}{'F1':>10}",
+        f"{'accuracy':22}{'':>20}{right.sum() / tally.n_cells:>10.4f}",
+    ]
+    lines += [f"{name:22}" + "".join(f"{score:>10.4f}" for score in row) for name, row in averages.items()]
+    return "\n".join(
+        [
+            *lines,
+            f"{tally.n_cells:,} cells of {labelled.sum()} labelled types; {occurring.sum()} types among labels and "
+            "predictions.",
+            "All types: a type that is only predicted counts as 0 (macro avg of the id files).",
+            "Labelled types: only types that occur among the labels (macro avg of the ood files).",
+        ]
+    )
+
+
+def decoder_table(decoders: pd.DataFrame) -> str:
+    """Lay out the comparison of the decoders for a terminal.
+
+    Parameters
+    ----------
+    decoders
+        Of :class:`Reports`.
+
+    Examples
+    --------
+    >>> print(decoder_table(reports.decoders))  # doctest: +SKIP
+    """
+    shares = ["exact", "descendant", "ancestor", "sibling", "elsewhere", "unassigned"]
+    lines = [
+        f"{'decoder':13}{'macro F1 (95 %)':24}{'accuracy':>9}{'hier. F1':>9}{'distance':>9}{'ECE':>7}   "
+        + "/".join(shares)
+    ]
+    for name, row in decoders.iterrows():
+        interval = "" if np.isnan(row["f1_macro_low"]) else f" ({row['f1_macro_low']:.4f}-{row['f1_macro_high']:.4f})"
+        lines.append(
+            f"{name!s:13}{f'{row.f1_macro:.4f}{interval}':24}{row['accuracy']:>9.4f}{row['hierarchical_f1']:>9.4f}"
+            f"{row['ontology_distance']:>9.3f}{row['ece']:>7.3f}   " + "/".join(f"{row[share]:.3f}" for share in shares)
+        )
+    return "\n".join(lines)
 
 
 def published_subset(type_labels: Sequence[str]) -> np.ndarray | None:
@@ -116,110 +334,3 @@ def read_subset(path: str | Path, type_labels: Sequence[str]) -> np.ndarray:
     if not codes:
         raise UserError(f"{path} names no cell type; give one a line, by label or code")
     return np.array(codes)
-
-
-def write_id_reports(
-    folder: str | Path,
-    model_type: str,
-    targets: Int[np.ndarray, " n"],
-    predictions: Int[np.ndarray, " n"],
-    reachability: np.ndarray,
-    subset_labels: Int[np.ndarray, " k"] | None = None,
-) -> IdReports:
-    """Write the metric files of a held-out split and return their tables.
-
-    A prediction that is a descendant of the cell's label counts as the label. The files are
-    ``{model_type}_overall_metrics.csv``, ``{model_type}_per_class_metrics.csv`` and, with ``subset_labels``,
-    ``{model_type}_subset_metrics.csv``, byte for byte as the published evaluation writes them.
-
-    Parameters
-    ----------
-    folder
-        Where the files go; made if it is not there.
-    model_type
-        ``linear``, ``mlp`` or ``tabnet``: the beginning of the files' names.
-    targets
-        Labels of the split's cells (codes).
-    predictions
-        Predicted types, uncorrected: the argmax of the probabilities.
-    reachability
-        R (c, c): 1 at [i, j] when type j is i or a descendant of i.
-    subset_labels
-        Codes to average over in the subset table; they need not occur. :func:`published_subset` gives those of the
-        published store, :func:`read_subset` those of a file.
-
-    Raises
-    ------
-    StoreError
-        If there is no cell.
-
-    Examples
-    --------
-    >>> import numpy as np, tempfile
-    >>> reachability = np.array([[1, 1], [0, 1]])  # type 1 is a kind of type 0
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     reports = write_id_reports(folder, "linear", np.array([0, 1]), np.array([1, 1]), reachability)
-    >>> float(reports.overall.loc["accuracy", "f1-score"])
-    1.0
-    """
-    if targets.size == 0:
-        raise StoreError("the split holds no cells, so there is nothing to report on; choose another split")
-    corrected = np.asarray(correct_predictions(targets, predictions, reachability))
-    overall, per_type = classification_report_frames(targets, corrected)
-    subset = None
-    if subset_labels is not None:
-        subset, _ = classification_report_frames(targets, corrected, subset_labels)
-    reports = IdReports(overall, per_type, subset)
-
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    for name, table in zip(("overall", "per_class", "subset"), reports, strict=True):
-        path = Path(folder) / f"{model_type}_{name}_metrics.csv"
-        if table is None:
-            path.unlink(missing_ok=True)  # an older evaluation's must not lie beside the new ones
-        else:
-            with written_aside(path) as aside:
-                table.to_csv(aside)
-    return reports
-
-
-def overall_table(overall: pd.DataFrame, per_type: pd.DataFrame) -> str:
-    """Lay out the averages for a terminal, and say what each of the two macro averages counts.
-
-    Parameters
-    ----------
-    overall, per_type
-        As :func:`hce_jax.metrics.classification_report_frames` gives them without a label list.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> print(overall_table(*classification_report_frames(np.array([0, 0, 1, 1]), np.array([0, 0, 1, 3]))))
-                           precision    recall        F1
-    accuracy                                      0.7500
-    macro, all types          0.6667    0.5000    0.5556
-    macro, labelled types     1.0000    0.7500    0.8333
-    weighted by cells         1.0000    0.7500    0.8333
-    4 cells of 2 labelled types; 3 types among labels and predictions.
-    All types: a type that is only predicted counts as 0 (macro avg of the id files).
-    Labelled types: only types that occur among the labels (the ood rule).
-    """
-    labelled = per_type[per_type["support"] > 0]
-    averages = {
-        "macro, all types": overall.loc["macro avg"],
-        "macro, labelled types": labelled.mean(),
-        "weighted by cells": overall.loc["weighted avg"],
-    }
-    lines = [
-        f"{'':22}{'precision':>10}{'recall':>10}{'F1':>10}",
-        f"{'accuracy':22}{'':>20}{overall['f1-score']['accuracy']:>10.4f}",
-    ]
-    for name, row in averages.items():
-        precision, recall, f1 = row[["precision", "recall", "f1-score"]]
-        lines.append(f"{name:22}{precision:>10.4f}{recall:>10.4f}{f1:>10.4f}")
-    n_cells = int(per_type["support"].sum())
-    lines += [
-        f"{n_cells:,} cells of {len(labelled)} labelled types; {len(per_type)} types among labels and predictions.",
-        "All types: a type that is only predicted counts as 0 (macro avg of the id files).",
-        "Labelled types: only types that occur among the labels (the ood rule).",
-    ]
-    return "\n".join(lines)

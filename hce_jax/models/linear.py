@@ -40,8 +40,17 @@ class Linear(nnx.Module):
     def __init__(self, config: LinearConfig, n_genes: int, n_types: int, *, precision: Precision, rngs: nnx.Rngs):
         self.linear = dense(n_genes, n_types, precision=precision, rngs=rngs)
 
+    @property
+    def first_layer(self) -> nnx.Linear:
+        """The layer that reads the genes."""
+        return self.linear
+
     def __call__(
         self, x_bg: Float[Array, "b g"], *, train: bool = False, key: Key[Array, ""] | None = None
     ) -> tuple[Float[Array, "b c"], Float[Array, "b"]]:
         """Return the logits and each cell's auxiliary loss, zero. Training mode and key change nothing here."""
-        return self.linear(x_bg).astype(jnp.float32), jnp.zeros(x_bg.shape[0], jnp.float32)
+        return self.after_first_layer(self.first_layer(x_bg))
+
+    def after_first_layer(self, h_bh: Float[Array, "b h"]) -> tuple[Float[Array, "b c"], Float[Array, "b"]]:
+        """Return what the model does, given what its first layer makes of the genes."""
+        return h_bh.astype(jnp.float32), jnp.zeros(h_bh.shape[0], jnp.float32)

@@ -81,6 +81,11 @@ class MLP(nnx.Module):
         self.norms = nnx.List([BatchNorm(config.hidden_size) for _ in self.layers])
         self.linear = dense(config.hidden_size, n_types, precision=precision, rngs=rngs)
 
+    @property
+    def first_layer(self) -> nnx.Linear:
+        """The layer that reads the genes."""
+        return self.layers[0]
+
     def __call__(
         self, x_bg: Float[Array, "b g"], *, train: bool = False, key: Key[Array, ""] | None = None
     ) -> tuple[Float[Array, "b c"], Float[Array, "b"]]:
@@ -91,17 +96,24 @@ class MLP(nnx.Module):
         ValueError
             If training drops units and there is no ``key`` to draw them with.
         """
-        logits_bc = self.linear(self._encode(x_bg, train, key)).astype(jnp.float32)
-        return logits_bc, jnp.zeros(x_bg.shape[0], jnp.float32)
+        return self.after_first_layer(self.first_layer(x_bg), train=train, key=key)
+
+    def after_first_layer(
+        self, h_bh: Float[Array, "b h"], *, train: bool = False, key: Key[Array, ""] | None = None
+    ) -> tuple[Float[Array, "b c"], Float[Array, "b"]]:
+        """Return what the model does, given what its first layer makes of the genes."""
+        logits_bc = self.linear(self._encode(h_bh, train, key)).astype(jnp.float32)
+        return logits_bc, jnp.zeros(h_bh.shape[0], jnp.float32)
 
     def embed(self, x_bg: Float[Array, "b g"]) -> Float[Array, "b h"]:
         """Return the last hidden layer."""
-        return self._encode(x_bg, train=False, key=None)
+        return self._encode(self.first_layer(x_bg), train=False, key=None)
 
-    def _encode(self, x_bg: Array, train: bool, key: Array | None) -> Array:
-        h_bh = x_bg
-        for index, (layer, norm) in enumerate(zip(self.layers, self.norms, strict=True)):
-            h_bh = jax.nn.silu(norm(layer(h_bh).astype(jnp.float32), train=train))
+    def _encode(self, h_bh: Array, train: bool, key: Array | None) -> Array:
+        for index, norm in enumerate(self.norms):
+            if index:
+                h_bh = self.layers[index](h_bh)
+            h_bh = jax.nn.silu(norm(h_bh.astype(jnp.float32), train=train))
             if train and self.dropout:
                 h_bh = _drop(h_bh, self.dropout, key, index)
         return h_bh

@@ -8,7 +8,7 @@ import pyarrow as pa
 import scipy.sparse as sp
 
 from hce_jax.preprocess.normalize import COUNTS_PER_CELL, normalize_log1p
-from hce_jax.store.packing import Places, Stream, unpack
+from hce_jax.store.packing import Places, Stream, expression, unpack
 
 #: Columns of a block that hold its expression: two packed streams of (gaps, amounts), and the factor of each cell's
 #: counts, 0 for a cell that is kept as values.
@@ -152,9 +152,7 @@ class Block:
     @property
     def x(self) -> sp.csr_array:
         """Expression (n, g), CSR float32."""
-        x = self.counts.astype(np.float32)
-        x.data = np.log1p(x.data * np.repeat(self.column(SCALE), np.diff(x.indptr)))
-        return x + unpack(self.stream(VALUES), self.n_genes)
+        return expression(self.stream(COUNTS), self.stream(VALUES), self.column(SCALE), self.n_genes)
 
     def take(self, rows: np.ndarray) -> "Block":
         """Return the cells at these positions, in this order; a position may come more than once.

@@ -45,7 +45,7 @@ def run_in_threads(
     >>> run_in_threads("count", lambda name, tick: tick(cells[name]), list(cells), workers=2, total=5)
     """
     stopped, lock = threading.Event(), threading.Lock()
-    with _Bar(title, total, done) as bar, ThreadPoolExecutor(workers) as pool:
+    with CellBar(title, total, done) as bar, ThreadPoolExecutor(workers) as pool:
 
         def tick(n_cells: int) -> None:
             if stopped.is_set():
@@ -77,10 +77,23 @@ class _Stopped(Exception):
     """Raised in the tasks that stop because another has failed."""
 
 
-class _Bar(tqdm):
-    """A progress bar on a terminal, a plain line now and then elsewhere."""
+class CellBar(tqdm):
+    """A progress bar on a terminal, a plain line now and then elsewhere.
 
-    def __init__(self, title: str, total: int, done: int):
+    Parameters
+    ----------
+    title
+        Stands before the bar.
+    total, done
+        Cells in all, and those that are done at the beginning.
+
+    Examples
+    --------
+    >>> with CellBar("count", total=5) as bar:
+    ...     _ = bar.update(5)
+    """
+
+    def __init__(self, title: str, total: int, done: int = 0):
         self._on_terminal = sys.stderr.isatty()
         pause = 0.1 if self._on_terminal else SECONDS_PER_LINE
         super().__init__(

@@ -1,16 +1,21 @@
 import numpy as np
 import pandas as pd
 import pytest
-from sklearn.metrics import precision_recall_fscore_support
+from sklearn.metrics import accuracy_score, f1_score, precision_recall_fscore_support
 
 from hce_jax.errors import StoreError, UserError
+from hce_jax.evaluation.hierarchical import bootstrap_f1_macro
 from hce_jax.evaluation.reports import (
     PUBLISHED_SUBSET,
+    RULES,
+    decoder_table,
+    make_reports,
     overall_table,
     published_subset,
     read_subset,
-    write_id_reports,
+    write_reports,
 )
+from hce_jax.evaluation.tally import GROUP_COLUMNS, Tally
 from hce_jax.hierarchy.reachability import correct_predictions
 from hce_jax.metrics import classification_report_frames, types_present
 
@@ -19,6 +24,19 @@ REACHABILITY = np.eye(5, dtype=np.int64)
 REACHABILITY[0, 1] = 1
 TARGETS = np.array([0, 0, 1, 2, 2, 2])
 PREDICTIONS = np.array([0, 1, 0, 2, 3, 3])
+LOOKUPS = {column: [f"{column} {code}" for code in range(3)] for column in GROUP_COLUMNS}
+
+
+def counted(targets, predictions, reachability=REACHABILITY, groups=None):
+    """What is counted of these cells, all of confidence 0.5 and of the first group of each column."""
+    tally = Tally(reachability, {column: len(LOOKUPS[column]) for column in GROUP_COLUMNS})
+    groups = np.zeros(len(targets), int) if groups is None else groups
+    tally.add(targets, predictions, np.full(len(targets), 0.5), dict.fromkeys(GROUP_COLUMNS, groups))
+    return tally
+
+
+def reports_of(tally, split="id", subset=None):
+    return make_reports({"argmax": tally}, "argmax", RULES[split], LOOKUPS, subset)
 
 
 @pytest.mark.golden("eval_report")
@@ -41,40 +59,109 @@ def test_golden_report_tables(golden, tmp_path):
 @pytest.mark.golden("eval_report")
 def test_golden_report_files(golden, tmp_path):
     a = golden.arrays
-    write_id_reports(tmp_path, "mlp", a["id/y_true"], a["id/y_pred"], a["child_matrix"], a["id/subset_labels"])
-    expected = [file for file in golden.beside("eval_report_csv") if file.path.parent.name == "id"]
-    assert {path.name for path in tmp_path.iterdir()} == {f"mlp_{file.path.name}" for file in expected}
-    for file in expected:
-        assert (tmp_path / f"mlp_{file.path.name}").read_bytes() == file.path.read_bytes()
+    for case in ("id", "ood", "ood_closed"):
+        tally = counted(a[f"{case}/y_true"], a[f"{case}/y_pred"], a["child_matrix"])
+        subset = a["id/subset_labels"] if case == "id" else None
+        write_reports(tmp_path / case, "mlp", reports_of(tally, case.removesuffix("_closed"), subset))
+        expected = [file for file in golden.beside("eval_report_csv") if file.path.parent.name == case]
+        assert len(expected) == (3 if case == "id" else 2)
+        for file in expected:
+            assert (tmp_path / case / f"mlp_{file.path.name}").read_bytes() == file.path.read_bytes()
 
 
 def test_predictions_below_the_label_count_as_the_label(tmp_path):
-    reports = write_id_reports(tmp_path / "new" / "folder", "linear", TARGETS, PREDICTIONS, REACHABILITY)
+    reports = reports_of(counted(TARGETS, PREDICTIONS))
     corrected = np.array([0, 0, 0, 2, 3, 3])
     precision, recall, f1, support = precision_recall_fscore_support(TARGETS, corrected, zero_division=0)
     np.testing.assert_allclose(reports.per_type.to_numpy(), np.stack([precision, recall, f1, support], axis=1))
     assert reports.overall["f1-score"]["accuracy"] == 0.5
     assert reports.subset is None
-    written = tmp_path / "new" / "folder"
-    assert sorted(path.name for path in written.iterdir()) == [
+    write_reports(tmp_path / "new" / "folder", "linear", reports)
+    assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == [
+        "linear_calibration.csv",
+        "linear_hierarchical_metrics.csv",
         "linear_overall_metrics.csv",
+        "linear_per_assay_metrics.csv",
         "linear_per_class_metrics.csv",
+        "linear_per_dataset_metrics.csv",
+        "linear_per_disease_metrics.csv",
+        "linear_per_tissue_general_metrics.csv",
+        "linear_per_tissue_metrics.csv",
     ]
-    read = pd.read_csv(written / "linear_per_class_metrics.csv", index_col=0)
+    read = pd.read_csv(tmp_path / "new" / "folder" / "linear_per_class_metrics.csv", index_col=0)
     np.testing.assert_array_equal(read.to_numpy(), reports.per_type.to_numpy())
 
 
-def test_subset_may_hold_types_that_do_not_occur(tmp_path):
-    reports = write_id_reports(tmp_path, "linear", TARGETS, PREDICTIONS, REACHABILITY, np.array([2, 4]))
+def test_on_new_studies_types_that_are_only_predicted_have_no_row():
+    reports = reports_of(counted(TARGETS, PREDICTIONS), "ood")
+    assert list(reports.per_type.index) == ["0", "1", "2"]
+    assert list(reports.overall.index) == ["micro avg", "macro avg", "weighted avg"]
+    corrected = correct_predictions(TARGETS, PREDICTIONS, REACHABILITY)
+    expected = f1_score(TARGETS, corrected, labels=[0, 1, 2], average=None)
+    np.testing.assert_allclose(reports.per_type["f1-score"], expected)
+    assert reports.decoders.loc["argmax", "f1_macro"] == pytest.approx(expected.mean())
+
+
+def test_unassigned_cells_are_wrong_and_no_type_of_their_own():
+    predictions = np.array([0, -1, 1, 2, -1, 3])
+    for split, rows in (("id", ["0", "1", "2", "3"]), ("ood", ["0", "1", "2"])):
+        reports = reports_of(counted(TARGETS, predictions), split)
+        assert list(reports.per_type.index) == rows
+        np.testing.assert_allclose(reports.per_type["recall"].iloc[:3], [1 / 2, 1, 1 / 3])
+        np.testing.assert_allclose(reports.per_type["precision"].iloc[:3], 1)
+        assert reports.decoders.loc["argmax", "unassigned"] == pytest.approx(2 / 6)
+        assert reports.decoders.loc["argmax", "accuracy"] == pytest.approx(3 / 6)
+
+
+def test_tables_of_groups_are_scikit_learn_s_of_each_group_and_named_by_it(tmp_path):
+    rng = np.random.default_rng(0)
+    targets, predictions, groups = rng.integers(0, 5, 300), rng.integers(0, 5, 300), rng.integers(0, 3, 300)
+    reports = reports_of(counted(targets, predictions, groups=groups))
+    corrected = correct_predictions(targets, predictions, REACHABILITY)
+    write_reports(tmp_path, "linear", reports)
+    table = pd.read_csv(tmp_path / "linear_per_tissue_metrics.csv", index_col="tissue")
+    assert sorted(table.index) == LOOKUPS["tissue"]
+    assert table["n_cells"].is_monotonic_decreasing
+    assert table["n_cells"].nunique() > 1
+    for group in range(3):
+        row, of_group = table.loc[f"tissue {group}"], groups == group
+        pair = targets[of_group], corrected[of_group]
+        for average in ("macro", "micro", "weighted"):
+            assert row[f"f1_{average}"] == pytest.approx(f1_score(*pair, labels=np.unique(pair[0]), average=average))
+        assert row["accuracy"] == pytest.approx(accuracy_score(*pair))
+        assert row["n_cells"] == of_group.sum()
+        assert row["n_cell_types"] == len(np.unique(pair[0]))
+
+
+def test_interval_is_over_donors_on_held_out_donors_and_over_studies_on_new_studies():
+    rng = np.random.default_rng(1)
+    targets, predictions, groups = rng.integers(0, 3, 200), rng.integers(0, 3, 200), rng.integers(0, 3, 200)
+    tally = counted(targets, predictions, groups=groups)
+    tally.groups["donor_id"] = tally.groups["donor_id"][:, :, ::-1].copy()  # so that the two differ
+    for split, column in (("id", "donor_id"), ("ood", "dataset_id")):
+        row = reports_of(tally, split).decoders.loc["argmax"]
+        expected = bootstrap_f1_macro(tally.groups[column], labelled_only=split == "ood")
+        assert (row["f1_macro_low"], row["f1_macro_high"]) == expected
+    assert bootstrap_f1_macro(tally.groups["donor_id"], False) != bootstrap_f1_macro(tally.groups["dataset_id"], False)
+
+
+def test_subset_may_hold_types_that_do_not_occur():
+    reports = reports_of(counted(TARGETS, PREDICTIONS), subset=np.array([2, 4]))
     assert reports.subset is not None
     assert reports.subset["f1-score"]["macro avg"] == pytest.approx((0.5 + 0) / 2)
     assert reports.subset["support"]["macro avg"] == 3
 
 
-def test_subset_of_types_without_cells_is_all_zero(tmp_path):
-    reports = write_id_reports(tmp_path, "linear", TARGETS, PREDICTIONS, REACHABILITY, np.array([4]))
+def test_subset_of_types_without_cells_is_all_zero():
+    reports = reports_of(counted(TARGETS, PREDICTIONS), subset=np.array([4]))
     assert reports.subset is not None
     assert not reports.subset.to_numpy().any()
+
+
+def test_subset_table_of_an_older_evaluation_does_not_stay(tmp_path):
+    for subset in (np.array([2]), None):
+        write_reports(tmp_path, "linear", reports_of(counted(TARGETS, PREDICTIONS), subset=subset))
+        assert (tmp_path / "linear_subset_metrics.csv").exists() is (subset is not None)
 
 
 def test_subset_file_names_types_by_label_or_code(tmp_path):
@@ -104,10 +191,10 @@ def test_missing_subset_file_is_named(tmp_path):
         read_subset(tmp_path / "subset.txt", ["B cell"])
 
 
-def test_split_without_cells_is_named(tmp_path):
+def test_no_cells_are_named():
     none = np.array([], int)
-    with pytest.raises(StoreError, match="no cells"):
-        write_id_reports(tmp_path, "linear", none, none, REACHABILITY)
+    with pytest.raises(StoreError, match="no cell"):
+        reports_of(counted(none, none))
 
 
 def test_published_subset_is_for_the_published_types_alone(real_dir):
@@ -123,8 +210,7 @@ def test_published_subset_is_eighty_of_the_164_types():
 
 
 def test_table_tells_the_two_macro_averages_apart():
-    corrected = correct_predictions(TARGETS, PREDICTIONS, REACHABILITY)
-    lines = overall_table(*classification_report_frames(TARGETS, corrected)).splitlines()
+    lines = overall_table(counted(TARGETS, PREDICTIONS)).splitlines()
     f1 = {0: 0.8, 1: 0.0, 2: 0.5, 3: 0.0}  # by hand: 2 TP / (predicted + actual)
     rows = {line[:22].strip(): line[22:].split() for line in lines[1:5]}
     assert rows["accuracy"] == ["0.5000"]
@@ -134,9 +220,21 @@ def test_table_tells_the_two_macro_averages_apart():
     assert lines[5].startswith("6 cells of 3 labelled types; 4 types")
 
 
-def test_labelled_macro_of_the_table_is_that_of_the_ood_rule():
+def test_averages_of_the_table_are_those_of_the_files():
     rng = np.random.default_rng(0)
     targets, predictions = rng.integers(0, 5, 200), rng.integers(0, 9, 200)
-    ood, _ = classification_report_frames(targets, predictions, types_present(targets))
-    expected = "".join(f"{value:>10.4f}" for value in ood.loc["macro avg"].iloc[:3])
-    assert f"macro, labelled types {expected}" in overall_table(*classification_report_frames(targets, predictions))
+    tally = counted(targets, predictions, np.eye(9))
+    table = overall_table(tally)
+    for name, labels in (("macro, labelled types", types_present(targets)), ("macro, all types", None)):
+        overall, _ = classification_report_frames(targets, predictions, labels)
+        expected = "".join(f"{value:>10.4f}" for value in overall.loc["macro avg"].iloc[:3])
+        assert f"{name:22}{expected}" in table
+
+
+def test_comparison_of_decoders_shows_the_interval_where_there_is_one():
+    one_study = reports_of(counted(TARGETS, PREDICTIONS), "ood").decoders
+    assert decoder_table(one_study).splitlines()[1].startswith("argmax       0.4333  ")
+    groups = np.array([0, 0, 0, 1, 1, 1])
+    two = reports_of(counted(TARGETS, PREDICTIONS, groups=groups), "ood").decoders
+    low, high = two.loc["argmax", ["f1_macro_low", "f1_macro_high"]]
+    assert f"0.4333 ({low:.4f}-{high:.4f})" in decoder_table(two)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
-from hce_jax.store.packing import Places, Stream, unpack
+from hce_jax.store.packing import Places, Stream, expression, unpack
 
 
 def pack_by_hand(x_ng, dtype):
@@ -174,3 +174,36 @@ def test_neither_packing_nor_unpacking_writes_to_what_it_is_given():
         array.flags.writeable = False
     np.testing.assert_array_equal(unpack(places.pack(np.uint8), 3).toarray(), x_ng)
     np.testing.assert_array_equal(unpack(stream, 3).toarray(), x_ng)
+
+
+def test_expression_is_that_of_counts_or_of_values_or_none():
+    rng = np.random.default_rng(3)
+    n_cells, n_genes = 40, 700
+    counts = np.where(rng.random((n_cells, n_genes)) < 0.02, rng.integers(1, 900, (n_cells, n_genes)), 0)
+    values = np.where(rng.random((n_cells, n_genes)) < 0.02, rng.random((n_cells, n_genes)), 0).astype(np.float32)
+    counts[3], values[4] = 0, 0  # cells without expression
+    as_counts = rng.random(n_cells) < 0.5
+    as_counts[3], as_counts[4] = True, False
+    scale = np.where(as_counts, rng.random(n_cells) * 9 + 1, 0).astype(np.float32)
+    counts[~as_counts], values[as_counts] = 0, 0
+
+    def stream(x_ng, chosen, dtype):
+        packed = Places.of(x_ng).take(chosen).pack(dtype)
+        entries = np.zeros(n_cells, np.int64)
+        entries[chosen] = np.diff(packed.offsets)
+        return packed._replace(offsets=np.concatenate([[0], np.cumsum(entries)]))
+
+    x = expression(stream(counts, as_counts, np.uint8), stream(values, ~as_counts, np.float32), scale, n_genes)
+    expected = np.log1p(counts * scale[:, None].astype(np.float64)) + values
+    np.testing.assert_allclose(x.toarray(), expected, rtol=3e-7)
+    assert x.nnz == np.count_nonzero(expected)
+    assert x.dtype == np.float32
+    x.check_format()
+    assert x.has_sorted_indices
+    np.testing.assert_array_equal(x.toarray()[~as_counts], values[~as_counts])  # values are not computed
+
+
+def test_expression_of_no_cells_has_no_rows():
+    none = Stream(np.zeros(0, np.uint8), np.zeros(0, np.uint8), np.zeros(1, np.int64))
+    nothing = none._replace(amounts=np.zeros(0, np.float32))
+    assert expression(none, nothing, np.zeros(0, np.float32), 5).shape == (0, 5)

@@ -1,0 +1,176 @@
+"""An evaluation from end to end: cells are read once, classified by all models, counted, and the results written."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from hce_jax.errors import StoreError
+from hce_jax.evaluation.cells import Cells
+from hce_jax.evaluation.decoders import DECODERS, Decoded, Decoders
+from hce_jax.evaluation.detailed import DetailedResults
+from hce_jax.evaluation.hierarchical import coverage_curve, expected_calibration_error
+from hce_jax.evaluation.plots import calibration_plot, confusion_plot, performance_plot
+from hce_jax.evaluation.predict import Classifier, classified
+from hce_jax.evaluation.reports import RULES, Reports, make_reports, write_reports
+from hce_jax.evaluation.tally import GROUP_COLUMNS, Tally
+from hce_jax.store import LABEL_COLUMN, Block
+
+DETAILED_FILE = "{}_detailed_results.parquet"
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How models are evaluated.
+
+    Attributes
+    ----------
+    split
+        "id" or "ood": one of the :data:`hce_jax.evaluation.reports.RULES`.
+    decoder
+        Whose predictions the files are about; the table of the decoders has all of them.
+    confidence
+        Mass that back-off asks for.
+    batch_size
+        Cells computed at a time.
+    detailed
+        Whether every cell's prediction and probabilities are written.
+    subset_labels
+        Codes of the types of the subset table (k,), or None.
+    """
+
+    split: str
+    decoder: str = DECODERS[0]
+    confidence: float = 0.5
+    batch_size: int = 2048
+    detailed: bool = False
+    subset_labels: np.ndarray | None = None
+
+
+class Job(NamedTuple):
+    """A classifier, and the folder of its results."""
+
+    classifier: Classifier
+    folder: Path
+
+
+class Result(NamedTuple):
+    """What came of a job.
+
+    Attributes
+    ----------
+    tallies
+        What was counted for each decoder.
+    reports
+        The tables, as they were written.
+    """
+
+    tallies: dict[str, Tally]
+    reports: Reports
+
+
+def evaluate(cells: Cells, jobs: Sequence[Job], settings: Settings) -> list[Result]:
+    """Evaluate models on the same cells, which are read once, and write the files of each into its folder.
+
+    Memory does not depend on the number of cells.
+
+    Parameters
+    ----------
+    cells
+        The cells.
+    jobs
+        Classifiers of the genes and types of the cells.
+    settings
+        How.
+
+    Returns
+    -------
+    One for each job.
+
+    Raises
+    ------
+    StoreError, SourceError
+        If cells cannot be read, there are none, or the results cannot be written.
+
+    Examples
+    --------
+    >>> cells = StoreCells(open_store("store").split("test"))  # doctest: +SKIP
+    >>> [result] = evaluate(cells, [Job(load_model(run), Path("results"))], Settings("id"))  # doctest: +SKIP
+    >>> result.reports.overall.loc["macro avg", "f1-score"]  # doctest: +SKIP
+    0.81
+    """
+    if not cells.n_cells:
+        raise StoreError(f"{cells.title} holds no cells, so there is nothing to report on; choose another")
+    for job in jobs:
+        job.folder.mkdir(parents=True, exist_ok=True)  # a place that cannot be written is found before the work
+    decoders = Decoders(cells.side.reachability, settings.confidence)
+    n_groups = {column: len(cells.lookups[column]) for column in GROUP_COLUMNS}
+    tallies = [{name: Tally(cells.side.reachability, n_groups) for name in DECODERS} for _ in jobs]
+    for block, decoded in _decoded(cells, jobs, decoders, settings):
+        labels = block.column(LABEL_COLUMN)
+        groups = {column: block.column(column) for column in GROUP_COLUMNS}
+        for counts, of_decoder in zip(tallies, decoded, strict=True):
+            for name, (codes, confidence) in of_decoder.items():
+                counts[name].add(labels, codes, confidence, groups)
+
+    results = []
+    for job, counts in zip(jobs, tallies, strict=True):
+        rule = RULES[settings.split]
+        reports = make_reports(counts, settings.decoder, rule, cells.lookups, settings.subset_labels)
+        results.append(Result(counts, reports))
+        _write(job, results[-1], cells, settings)
+    return results
+
+
+def _decoded(
+    cells: Cells, jobs: Sequence[Job], decoders: Decoders, settings: Settings
+) -> Iterator[tuple[Block, list[dict[str, Decoded]]]]:
+    """Give the predictions of each job, block by block, while every cell's are written."""
+    with ExitStack() as stack:
+        files = [
+            stack.enter_context(DetailedResults(_detailed(job), cells.side.labels, cells.lookups))
+            for job in jobs
+            if settings.detailed
+        ]
+        for block, probabilities in classified(cells, [job.classifier for job in jobs], settings.batch_size):
+            decoded = [decoders.decode_all(each) for each in probabilities]
+            for file, of_decoder, each in zip(files, decoded, probabilities, strict=settings.detailed):
+                file.add(block, of_decoder[settings.decoder].codes, each)
+            yield block, decoded
+
+
+def _detailed(job: Job) -> Path:
+    return job.folder / DETAILED_FILE.format(job.classifier.model_type)
+
+
+def _write(job: Job, result: Result, cells: Cells, settings: Settings) -> None:
+    """Write tables and pictures; an older evaluation's must not lie beside the new ones."""
+    if not settings.detailed:
+        _detailed(job).unlink(missing_ok=True)
+    name, labels = job.classifier.model_type, cells.side.labels
+    reports, tally = result.reports, result.tallies[settings.decoder]
+    write_reports(job.folder, name, reports)
+    by_decoder = "" if settings.decoder == DECODERS[0] else f", {settings.decoder}"
+    title = (
+        f"{job.classifier.title}{by_decoder}: {{}}, {'held-out donors' if settings.split == 'id' else 'new studies'}"
+    )
+    performance_plot(
+        reports.per_type, labels, job.folder / f"{name}_performance_plot.png", title.format("F1 per cell type")
+    )
+    confusion_plot(
+        tally.confusion,
+        labels,
+        cells.side.reachability,
+        job.folder / f"{name}_confusion_ontology.png",
+        title.format("predictions by label"),
+    )
+    calibration_plot(
+        reports.calibration,
+        *coverage_curve(tally.calibration),
+        expected_calibration_error(tally.calibration),
+        job.folder / f"{name}_calibration.png",
+        title.format("confidence and accuracy"),
+    )

@@ -1,0 +1,58 @@
+import numpy as np
+import pytest
+from coded_cells import label_of
+from evaluated import CodedCells, CodedClassifier, probabilities_of
+
+from hce_jax.errors import StoreError
+from hce_jax.evaluation.predict import classified
+
+
+def numbers(batch):
+    return batch.block.column("soma_joinid") - 10**10
+
+
+@pytest.mark.parametrize(
+    ("block_sizes", "batch_size", "batches"),
+    [
+        ([4, 4, 4], 8, [8, 4]),
+        ([4, 4, 4], 7, [4, 4, 4]),
+        ([10, 3, 1], 4, [4, 4, 2, 4]),
+        ([5], 1, [1] * 5),
+        ([1] * 40, 100, [40]),
+        ([8, 1], 8, [8, 1]),  # a last batch of a single cell
+    ],
+)
+def test_every_cell_comes_once_and_in_order_whatever_the_batches(block_sizes, batch_size, batches):
+    cells, classifier = CodedCells(block_sizes), CodedClassifier()
+    found = list(classified(cells, [classifier], batch_size))
+    assert [len(batch.block) for batch in found] == batches
+    np.testing.assert_array_equal(np.concatenate([numbers(batch) for batch in found]), np.arange(sum(block_sizes)))
+    for batch in found:
+        np.testing.assert_array_equal(batch.block.column("cell_type"), label_of(numbers(batch)))
+        np.testing.assert_array_equal(batch.probabilities[0], probabilities_of(numbers(batch)))
+
+
+def test_cells_are_read_once_for_all_classifiers():
+    cells = CodedCells([6] * 10)
+    classifiers = [CodedClassifier(shift) for shift in range(3)]
+    for batch in classified(cells, classifiers, 12):
+        for shift, probabilities in enumerate(batch.probabilities):
+            np.testing.assert_array_equal(probabilities, probabilities_of(numbers(batch), shift))
+    assert sorted(cells.reads) == list(range(10))
+    assert [sum(each.batches) for each in classifiers] == [60, 60, 60]
+
+
+def test_what_is_read_ahead_stays_bounded():
+    cells = CodedCells([2] * 1000)
+    batches = classified(cells, [CodedClassifier()], 2)
+    next(batches)
+    batches.close()
+    assert len(cells.reads) < 60
+
+
+def test_a_damaged_block_ends_it_after_the_batches_before():
+    batches = classified(CodedCells([4] * 50, damaged=20), [CodedClassifier()], 4)
+    found = [next(batches) for _ in range(20)]
+    assert len(found[-1].block) == 4
+    with pytest.raises(StoreError, match="block 20 is damaged"):
+        next(batches)
