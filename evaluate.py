@@ -27,7 +27,7 @@ from hce_jax.evaluation.evaluate import Job, Result, Settings, evaluate
 from hce_jax.evaluation.predict import Classifier
 from hce_jax.evaluation.reports import decoder_table, overall_table, published_subset, read_subset
 from hce_jax.hierarchy.cell_ontology import CellOntology
-from hce_jax.open_model import open_model
+from hce_jax.open_model import open_model, published_checkpoint
 from hce_jax.predictor import Ensemble
 from hce_jax.runs import listed_checkpoints, newest_run, results_folder
 from hce_jax.store import SideFiles, open_store
@@ -88,63 +88,77 @@ def _where(flag: str) -> str:
     return "with --ood_data" if flag in _OF_H5AD else "" if flag == "ood_data" else "without --ood_data"
 
 
-def store_path() -> Path | None:
+def named_store() -> Path | None:
     """Return the store that is asked for; None: that of the run."""
     named = FLAGS.data_path or os.environ.get("DATA_PATH")
     return Path(named) if named else None
 
 
-def trained_on(classifier: Classifier) -> Path:
-    """Return the store that a model was trained on."""
-    if not isinstance(classifier, Ensemble):
-        raise UserError("a CellTypist model knows no store; name one: DATA_PATH or --data_path")
-    return Path(classifier.card.data_path)
-
-
 def load_classifiers() -> list[tuple[Classifier, list[Path]]]:
     """Load the models that the flags name, each with its checkpoints, of which an ensemble has several."""
-    path = store_path()
-    side = open_store(path).side if path else None
     if FLAGS.model_type == CELLTYPIST:
         from hce_jax.evaluation.celltypist import CellTypistClassifier
 
-        if side is None:
-            raise UserError("a CellTypist model knows no store; name one: DATA_PATH or --data_path")
-        return [(CellTypistClassifier(FLAGS.checkpoint[0], side), [Path(FLAGS.checkpoint[0])])]
+        return [
+            (CellTypistClassifier(FLAGS.checkpoint[0], side_files("a CellTypist model")), [Path(FLAGS.checkpoint[0])])
+        ]
     if FLAGS.checkpoint_list:
         groups: list[Sequence[str | Path]] = [[each] for each in listed_checkpoints(Path(FLAGS.checkpoint_list))]
     elif named := FLAGS.checkpoint or FLAGS.run:
         groups = [named]
     else:
-        if path is None and not BUILTIN_ATLAS.is_dir():
+        store = named_store()
+        if store is None and not BUILTIN_ATLAS.is_dir():
             raise UserError("no trained run: set DATA_PATH to a store, or train first (python train.py --config FILE)")
-        groups = [[newest_run((path or builtin_atlas()) / "tb_logs")]]
-    return [_load(group, side) for group in groups]
+        groups = [[newest_run((store or builtin_atlas()) / "tb_logs")]]
+    return [_load(group) for group in groups]
 
 
-def _load(paths: Sequence[str | Path], side: SideFiles | None) -> tuple[Ensemble, list[Path]]:
-    predictors = [open_model(path, side, FLAGS.hparams_file) for path in paths]
-    for predictor in predictors:
-        if FLAGS.model_type not in (None, predictor.model_type):
+def side_files(what: str) -> SideFiles:
+    """Return genes and types of the named store, for a model that does not know its own."""
+    if (store := named_store()) is None:
+        raise UserError(f"{what} names no genes and cell types of a store; name one: DATA_PATH or --data_path")
+    return open_store(store).side
+
+
+def _load(paths: Sequence[str | Path]) -> tuple[Ensemble, list[Path]]:
+    predictors = []
+    for path in paths:
+        published = published_checkpoint(Path(path)) is not None
+        side = side_files(f"the published checkpoint {path}") if published else None
+        predictors.append(open_model(path, side, FLAGS.hparams_file))
+        if FLAGS.model_type not in (None, predictors[-1].model_type):
             raise CheckpointError(
-                f"{predictor.path} is a {predictor.model_type} model, not {FLAGS.model_type} (--model_type)"
+                f"{path} is a {predictors[-1].model_type} model, not {FLAGS.model_type} (--model_type)"
             )
     return Ensemble(predictors), [predictor.path for predictor in predictors]
 
 
-def choose_cells(first: Classifier, store: Path) -> Cells:
+def store_of(classifier: Classifier) -> Path:
+    """Return the named store, or the one that a model was trained on."""
+    own = Path(classifier.card.data_path) if isinstance(classifier, Ensemble) else classifier.side.path
+    store = named_store() or own
+    if not store.is_dir():
+        raise UserError(f"the store {store} is not there; name one: DATA_PATH or --data_path")
+    print(f"store       {store}", flush=True)
+    return store
+
+
+def choose_cells(first: Classifier) -> Cells:
     """Find the cells to evaluate on."""
     if FLAGS.split == "id":
-        opened = open_store(store)
-        return StoreCells(opened.split("test"))
-    kept = store / "ood"
+        held_out = StoreCells(open_store(store_of(first)).split("test"))
+        if isinstance(first, Ensemble):
+            first.predictors[0].check_store(held_out.side)
+        return held_out
     if FLAGS.ood_data:
-        files, columns = FLAGS.ood_data, {name.removesuffix("_column"): FLAGS[name].value for name in _OF_H5AD}
-    elif not any(FLAGS[name].value for name in _OF_CENSUS) and any(kept.glob("*.h5ad")):
-        files, columns = [kept], {}
+        files = FLAGS.ood_data
     else:
-        files, columns = [download(first.side, store)], {}
-    source = H5adSource.open(files, H5adColumns(**{name: value for name, value in columns.items() if value}))
+        store = store_of(first)
+        is_asked_for = any(FLAGS[name].value for name in _OF_CENSUS)
+        files = [store / "ood" if any(store.glob("ood/*.h5ad")) and not is_asked_for else download(first.side, store)]
+    columns = {name.removesuffix("_column"): value for name in _OF_H5AD if (value := FLAGS[name].value)}
+    source = H5adSource.open(files, H5adColumns(**columns), needs_donors=False)
     cells = SourceCells.choose(source, first.side, CellOntology.open())
     print(cells.report(), flush=True)
     return cells
@@ -181,14 +195,10 @@ def main() -> None:
     first, checkpoints = models[0][0], [paths for _, paths in models]
     for other, _ in models[1:]:
         check_same(first, other)
-    store = store_path() or trained_on(first)
     for paths in checkpoints:
         for path in paths:
             print(f"checkpoint  {path}")
-    print(f"store       {store}", flush=True)
-    cells = choose_cells(first, store)
-    if isinstance(first, Ensemble):
-        first.predictors[0].check_store(cells.side)
+    cells = choose_cells(first)
     settings = Settings(
         split=FLAGS.split,
         decoder=FLAGS.decoder,

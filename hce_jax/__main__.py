@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from hce_jax import command
 from hce_jax.errors import ConfigError
-from hce_jax.verbs import build_store, convert, find_lr, new_studies, ontology
+from hce_jax.verbs import build_store, convert, find_lr, import_torch, new_studies, ontology
 
 #: How a flag begins that changes a field of the configuration.
 _CHANGE = "--config."
@@ -34,6 +34,7 @@ VERBS = {
     "new-studies": new_studies,
     "ontology": ontology,
     "find-lr": find_lr,
+    "import-torch": import_torch,
 }
 
 
@@ -48,7 +49,7 @@ def main() -> None:
     with command.exit_codes():
         name, arguments = _hyphened(sys.argv[1:])
         if name in ("--help", "-h", "help"):
-            print(__doc__, *(f"    {name:12}{verb.PURPOSE}" for name, verb in VERBS.items()), sep="\n")
+            print(__doc__, *(f"    {name:14}{verb.PURPOSE}" for name, verb in VERBS.items()), sep="\n")
             return
         if name not in VERBS:
             near = get_close_matches(name, VERBS, n=1) or VERBS

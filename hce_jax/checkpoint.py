@@ -228,7 +228,7 @@ def load_model(path: str | Path, precision: Precision | None = None) -> Predicto
     >>> load_model("tb_logs/linear/default/version_0").card.labels[0]  # doctest: +SKIP
     'B cell'
     """
-    path = resolve_checkpoint(Path(path), exact_score=lambda each: _read_card(each).scores["val_f1_macro"])
+    path = resolve_checkpoint(Path(path), exact_score=lambda each: _read_card(each).scores.get("val_f1_macro", 0.0))
     card = _read_card(path)
     n_genes, n_types = len(card.gene_ids), len(card.labels)
     model = nnx.eval_shape(

@@ -69,11 +69,17 @@ def _parse_flags() -> None:
         print(sys.modules["__main__"].__doc__, flags.FLAGS.main_module_help(), sep="\n")
         sys.exit(0)
     with _configuration_mistakes():
-        rest = flags.FLAGS(sys.argv)[1:]
+        rest = flags.FLAGS([sys.argv[0], *map(_with_underscores, sys.argv[1:])])[1:]
         if "config" in flags.FLAGS:
             _check_readable(flags.FLAGS.config)
     if rest:
         raise ConfigError(f"unexpected argument {rest[0]!r}; flags are written --name=value (see --help)")
+
+
+def _with_underscores(argument: str) -> str:
+    """Take --label-column for --label_column: the verbs' flags, which messages name, have hyphens."""
+    flag, equals, value = argument.partition("=")
+    return f"--{flag[2:].replace('-', '_')}{equals}{value}" if flag.startswith("--") else argument
 
 
 def read_config(path: str, changes: Sequence[str]) -> ConfigDict:

@@ -162,8 +162,7 @@ class Predictor:
         """
         if not (sp.issparse(x) and self.reads_sparse):
             return np.concatenate(list(self._in_batches(_probabilities, x, batch_size)))
-        rows = (part.tocsr() for part in self._cut(x, batch_size))
-        return np.concatenate([self._probabilities_of_csr(part) for part in rows])
+        return np.concatenate([self._probabilities_of_csr(sp.csr_array(rows)) for rows in self._cut(x, batch_size)])
 
     def predict_block(self, cells: Expression) -> Float[np.ndarray, "n c"]:
         """Return the same for cells of a store or another source; several threads may ask at a time.

@@ -11,7 +11,7 @@ import fcntl
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -255,6 +255,25 @@ def resolve_checkpoint(path: Path, exact_score: Callable[[Path], float] = lambda
             raise CheckpointError(f"the run {path} has no checkpoint yet; it saves one after its first epoch")
         return checkpoint
     return path
+
+
+def stated_model_type(checkpoint: Path, model_types: Collection[str]) -> str | None:
+    """Return what its run folder says that a checkpoint is: by its configuration, or else by the name of the model.
+
+    None where there is no run folder, or it does not say.
+
+    Examples
+    --------
+    >>> path = Path("tb_logs/cxg_2023_05_15_mlp_hierarchical_loss/default/version_0/checkpoints/a.ckpt")
+    >>> stated_model_type(path, ["linear", "mlp", "tabnet"])
+    'mlp'
+    """
+    run = checkpoint.parent.parent
+    if checkpoint.parent.name != "checkpoints" or not re.fullmatch(r"version_\d+", run.name):
+        return None
+    stated = (read_config(run) or {}).get("model_type")
+    named = [each for each in model_types if each in run.absolute().parts[-3]]
+    return stated or (named[0] if len(named) == 1 else None)
 
 
 def results_folder(checkpoints: Sequence[Path], split: str) -> Path:

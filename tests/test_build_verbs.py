@@ -157,7 +157,9 @@ def test_splits_may_lie_in_a_column_and_counts_in_a_layer(folder, monkeypatch, c
         adata.write_h5ad(folder / "split" / path.name)
     arguments = ("--h5ad", "split", "--counts=mine", "--split-column=mine", "--genes=all", *FEW, "--no-augmentations")
     run(monkeypatch, capsys, folder, "build-store", "by_column", *arguments)
-    zeros = run(monkeypatch, capsys, folder, "build-store", "zeros", "--h5ad", "split", "--genes=all", *FEW)
+    zeros = run(
+        monkeypatch, capsys, folder, "build-store", "zeros", "--h5ad", "split", "--counts=X", "--genes=all", *FEW
+    )
     assert "cells expresses any of the 150 genes of the store" in zeros
     assert not (folder / "zeros").exists()
     store = open_store(folder / "by_column")

@@ -156,9 +156,10 @@ def test_a_mistake_on_evaluate_s_command_line_is_named(store_path, trained, tmp_
     monkeypatch.setenv("DATA_PATH", str(store_path))
     write_study(tmp_path / "study.h5ad", ["T cell"])
     write_study(tmp_path / "strange.h5ad", ["neuron"])
-    with flagsaver.flagsaver(), pytest.raises(UserError, match=re.escape(says)):
+    with flagsaver.flagsaver():
         evaluate.FLAGS(["evaluate.py", *arguments])
-        evaluate.main()
+        with pytest.raises(UserError, match=re.escape(says)):
+            evaluate.main()
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ def test_convert_reports_what_it_did_and_what_comes_next(folder):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ((), "a verb is needed; there is build-store, convert, new-studies, ontology, find-lr (see"),
+        ((), "a verb is needed; there is build-store, convert, new-studies, ontology, find-lr, import-torch (see"),
         (("conver",), "no verb 'conver'; there is convert (see"),
         (("convert",), "required: SOURCE, DESTINATION; see python -m hce_jax convert --help"),
         (("convert", "merlin", "new", "--verifi"), "unrecognized arguments: --verifi; see python -m hce_jax convert"),
@@ -85,7 +85,7 @@ def test_a_mistake_is_one_line_and_exit_2(folder, arguments, says):
 
 def test_help_of_both_levels_has_exit_0(folder):
     for arguments, says in (
-        (("--help",), "convert     make a fast cell store"),
+        (("--help",), "convert       make a fast cell store"),
         (("convert", "-h"), "--workers N"),
         (("find_lr", "--help"), "--config.field=value changes a field"),
     ):

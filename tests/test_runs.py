@@ -1,3 +1,4 @@
+import json
 import os
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from hce_jax.runs import (
     resolve_checkpoint,
     results_folder,
     runs_folder,
+    stated_model_type,
 )
 
 
@@ -72,6 +74,21 @@ def test_results_go_to_the_run_or_beside_a_lone_checkpoint(tmp_path):
     results = "sctab_test/val_f1_macro_epoch=3_val_f1_macro=0.500"
     assert results_folder([tmp_path / "checkpoints" / name], "id") == tmp_path / results
     assert results_folder([tmp_path / name], "id") == tmp_path / results
+
+
+def test_a_run_folder_says_what_its_checkpoints_are(tmp_path):
+    def stated(model_name, config=None):
+        run = tmp_path / model_name / "default" / "version_0"
+        run.mkdir(parents=True)
+        if config:
+            (run / "config.json").write_text(json.dumps({"config": config}))
+        return stated_model_type(run / "checkpoints" / "a.ckpt", ["linear", "mlp", "tabnet"])
+
+    assert stated("cxg_2023_05_15_tabnet_hierarchical_loss") == "tabnet"
+    assert stated("linear_beside_mlp") is None
+    assert stated("mine") is None
+    assert stated("linear_baseline", {"model_type": "mlp"}) == "mlp"  # a name is free, a configuration is not
+    assert stated_model_type(tmp_path / "tabnet" / "a.ckpt", ["tabnet"]) is None
 
 
 def test_results_on_new_studies_lie_beside_the_checkpoint_never_in_it(tmp_path):

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from hce_jax.evaluation.cells import JOINID
 from hce_jax.files import written_aside
 from hce_jax.store import LABEL_COLUMN, Block
 from hce_jax.store.work_folder import named_in_errors
@@ -56,16 +57,15 @@ class DetailedResults:
         self._texts = {name: pa.array(lookups[name], pa.string()) for name in _TEXTS}
         coded = ["y_true", "y_pred", LABEL_COLUMN, *_TEXTS]
         fields: list[tuple[str, pa.DataType]] = [(name, pa.string()) for name in coded]
-        fields.insert(3, ("soma_joinid", pa.int64()))
+        fields.insert(3, (JOINID, pa.int64()))
         self._schema = pa.schema([*fields, ("y_probs", pa.list_(pa.float32()))])
         self._waiting: list[pa.RecordBatch] = []
         with ExitStack() as stack:
-            stack.enter_context(named_in_errors(path))
             aside = stack.enter_context(written_aside(path))
             # Probabilities are noise: neither a dictionary nor a compressor would make them smaller.
-            self._writer = pq.ParquetWriter(
-                aside, self._schema, compression=dict.fromkeys(coded, "zstd"), use_dictionary=coded
-            )
+            packed = dict.fromkeys(coded, "zstd")
+            with named_in_errors(path):
+                self._writer = pq.ParquetWriter(aside, self._schema, compression=packed, use_dictionary=coded)
             self._stack = stack.pop_all()
 
     def add(self, block: Block, predictions: Int[np.ndarray, "n"], probabilities: Float[np.ndarray, "n c"]) -> None:
@@ -77,7 +77,7 @@ class DetailedResults:
         starts = pa.array(np.arange(n_cells + 1, dtype=np.int32) * n_types)
         values = pa.array(np.ascontiguousarray(probabilities, np.float32).ravel())
         lists = pa.ListArray.from_arrays(starts, values)
-        columns = [true, predicted, true, pa.array(block.column("soma_joinid")), *texts, lists]
+        columns = [true, predicted, true, pa.array(block.column(JOINID)), *texts, lists]
         self._waiting.append(pa.RecordBatch.from_arrays(columns, schema=self._schema))
         if sum(map(len, self._waiting)) >= _ROW_GROUP:
             self._write()
@@ -94,7 +94,8 @@ class DetailedResults:
         with self._stack:
             if self._waiting:
                 self._write()
-            self._writer.close()
+            with named_in_errors(self._path):
+                self._writer.close()
 
     def _write(self) -> None:
         table = pa.Table.from_batches(self._waiting)

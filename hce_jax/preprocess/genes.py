@@ -45,6 +45,9 @@ class GeneAlignment:
         >>> align_genes(["B", "C"], ["A", "B"], ["a", "b"]).apply(sparse.csr_array([[3.0, 4.0]])).toarray()
         array([[0., 3.]])
         """
+        if np.array_equal(self.places_t, np.arange(self.n_genes)):  # as in files that were written for us
+            same = sparse.csr_array(counts)
+            return same if same.has_sorted_indices else same.sorted_indices()
         kept = np.flatnonzero(self.places_t >= 0)
         n_theirs = len(self.places_t)
         column_g = np.full(self.n_genes, n_theirs, np.int32)  # of a gene that they have not: a column of zeros behind
@@ -89,7 +92,7 @@ def align_genes(
         raise SourceError(
             f"none of the {len(bare):,} genes of {where} ({_some(bare)}) is among the {len(gene_ids):,} asked for "
             f"({_some(gene_ids)}; by name {_some(gene_names)}); name the column of var that has Ensembl ids or gene "
-            "names (--gene-column), or build with other genes (--genes)"
+            "names (--gene-column), or ask for other genes"
         )
     found = best.places_t[best.places_t >= 0]
     repeated = [place for place, count in Counter(found.tolist()).items() if count > 1]

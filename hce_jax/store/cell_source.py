@@ -100,8 +100,8 @@ class CellSource(abc.ABC):
         """
 
 
-def warn_of_few_genes(alignments: dict[str, GeneAlignment]) -> None:
-    """Say on stderr which files have fewer than half of our genes.
+def warn_of_few_genes(alignments: dict[str, GeneAlignment], whose: str = "the store's") -> None:
+    """Say on stderr which files have fewer than half of our genes, and whose genes ours are.
 
     Examples
     --------
@@ -109,5 +109,5 @@ def warn_of_few_genes(alignments: dict[str, GeneAlignment]) -> None:
     """
     for title, alignment in alignments.items():
         if alignment.n_found < _FEW_GENES * alignment.n_genes:
-            few = f"only {alignment.n_found:,} of the store's {alignment.n_genes:,} genes"
+            few = f"only {alignment.n_found:,} of {whose} {alignment.n_genes:,} genes"
             print(f"{title} has {few}; the others are 0 in its cells", file=sys.stderr)

@@ -6,6 +6,7 @@ import itertools
 import sys
 import threading
 import warnings
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -22,6 +23,8 @@ from scipy import sparse
 from hce_jax.errors import SourceError, UserError
 from hce_jax.preprocess.genes import GeneAlignment, align_genes, without_version
 from hce_jax.store.cell_source import TERM_COLUMN, TEXT_COLUMNS, UNKNOWN, CellSource
+from hce_jax.store.h5ad_matrices import LARGEST_NORMALIZED, find_raw_counts, kind_of, matrices_of
+from hce_jax.store.new_studies import refuse_incomplete
 from hce_jax.store.schema import LABEL_COLUMN, SPLITS
 
 #: Columns of var that may hold the names of genes; the first that is there counts.
@@ -30,8 +33,6 @@ _NAME_COLUMNS = ("feature_name", "gene_symbols", "gene_symbol", "gene_name", "ge
 _VALUES_AT_A_TIME = 1 << 22
 #: Cells are read in one go when no more values lie between them: reading these costs less than finding a new place.
 _GAP = 1 << 15
-#: Raw counts of hardly a cell stay below this, normalised values of every cell do.
-_LARGEST_NORMALIZED = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +50,8 @@ class H5adColumns:
     gene
         Column of var with the ids or names of the genes (``--gene-column``); None: ``feature_id``, else var_names.
     counts
-        The matrix with raw counts (``--counts``): "X", "raw" or a layer; None: raw where a file has it, else X.
+        The matrix with raw counts (``--counts``): "X", "raw" or a layer; None: the first of raw, X, the layer "counts"
+        and the other layers whose values, of the first cells, are whole numbers and not negative.
     split
         Column of obs that says train, val or test (``--split-column``); it is given as ``split``. None: no such column.
     """
@@ -94,24 +96,36 @@ class H5adSource(CellSource):
     columns: H5adColumns
 
     @classmethod
-    def open(cls, paths: str | Path | Sequence[str | Path], columns: H5adColumns = _DEFAULT) -> "H5adSource":
+    def open(
+        cls,
+        paths: str | Path | Sequence[str | Path],
+        columns: H5adColumns = _DEFAULT,
+        *,
+        needs_donors: bool = True,
+    ) -> "H5adSource":
         """Look through h5ad files.
 
         What a file says of its cells in other columns than those named is read if it is there, else it is "unknown";
         a file that does not say which cells are primary data has only such. Cells keep their ``soma_joinid`` if all
-        files have it and none occurs twice; else they are numbered.
+        files have it and none occurs twice; else they are numbered. Where a file has several matrices and none is
+        named, it is said on stderr which one is taken for the raw counts.
 
         Parameters
         ----------
         paths
-            Files, and folders of which every ``*.h5ad`` is taken, sorted by name.
+            Files, and folders of which every ``*.h5ad`` is taken, sorted by name; a folder of new studies must be
+            complete.
         columns
             Where they keep what is needed.
+        needs_donors
+            Whether a file without ``donor_id`` is refused, unless another column is named; else its donors are unknown.
 
         Raises
         ------
         SourceError
-            If there is no file, one is given twice, is no h5ad file, or lacks what is needed.
+            If there is no file, one is given twice, is no h5ad file, or lacks what is needed; raw counts for one.
+        StoreError
+            If a folder of new studies lacks a file.
 
         Examples
         --------
@@ -125,7 +139,15 @@ class H5adSource(CellSource):
         array([[3.]], dtype=float32)
         """
         found = list(_find_files([paths] if isinstance(paths, str | Path) else paths))
-        return cls(tuple(_File.open(path, columns) for path in found), columns)
+        files = tuple(_File.open(path, columns, needs_donors) for path in found)
+        said = defaultdict[str, list[str]](list)
+        for file in files:
+            said[file.choice].append(file.name)
+        for choice, (first, *others) in said.items():
+            if choice:
+                which = f"{first} and {len(others)} more" if others else first
+                print(f"{which}: {choice}", file=sys.stderr)
+        return cls(files, columns)
 
     @property
     def title(self) -> str:
@@ -223,6 +245,7 @@ def _find_files(paths: Sequence[str | Path]) -> Iterator[Path]:
     seen: dict[str, Path] = {}
     places = set[Path]()
     for given in map(Path, paths):
+        refuse_incomplete(given)
         inside = sorted(given.glob("[!.]*.h5ad")) if given.is_dir() else [given]
         if not inside:
             raise SourceError(f"the folder {given} has no *.h5ad files; name h5ad files or a folder that has some")
@@ -258,6 +281,8 @@ class _File:
         The matrix that is read: its name for a person, and in the file.
     others
         Names of the other matrices.
+    choice
+        Why that matrix, for a person; empty where it was named or is the only one.
     genes
         ``feature_id``, ``feature_name`` and, if known, ``feature_type`` of that matrix's genes (t,).
     modern
@@ -272,13 +297,14 @@ class _File:
     counts: str
     place: str
     others: tuple[str, ...]
+    choice: str
     genes: pd.DataFrame
     modern: h5py.File | None
     _lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
     _told: threading.Event = dataclasses.field(default_factory=threading.Event)
 
     @staticmethod
-    def open(path: Path, columns: H5adColumns) -> "_File":
+    def open(path: Path, columns: H5adColumns, needs_donors: bool) -> "_File":
         """Look through a file."""
         status = path.stat()
         with _opened(path) as file:
@@ -286,8 +312,10 @@ class _File:
                 raise SourceError(f"{path} is an HDF5 file, but no h5ad file: it has no obs and var")
             modern = _modernized(path) if isinstance(file["obs"], h5py.Dataset) else None
         with _opened(path, modern) as file:
-            matrices = _matrices(file)
-            counts = columns.counts or ("raw" if "raw" in matrices else "X")
+            matrices = matrices_of(file)
+            counts, choice = columns.counts or "X", ""
+            if columns.counts is None and matrices:
+                counts, choice = find_raw_counts(path.name, file, matrices)
             if counts not in matrices:
                 what = f"has no matrix {counts!r}; it has {', '.join(matrices) or 'none'}"
                 raise SourceError(f"{path.name} {what}; name the one with raw counts (--counts)")
@@ -304,11 +332,12 @@ class _File:
                 counts=counts,
                 place=place,
                 others=tuple(name for name in matrices if name != counts),
+                choice=choice,
                 genes=genes,
                 modern=modern,
             )
             found._check_matrix(file[place])
-        found._check_columns(columns)
+        found._check_columns(columns, needs_donors)
         return found
 
     @property
@@ -317,7 +346,7 @@ class _File:
         return self.path.name
 
     def _check_matrix(self, matrix: h5py.Group | h5py.Dataset) -> None:
-        is_dense = _kind(matrix) == "dense"
+        is_dense = kind_of(matrix) == "dense"
         if (matrix if is_dense else matrix["data"]).dtype.kind not in "biuf":
             raise SourceError(f"{self.name}: {self.counts} is no matrix of numbers; name another (--counts)")
         n_cells, n_genes = map(int, matrix.shape if is_dense else matrix.attrs["shape"])
@@ -327,8 +356,12 @@ class _File:
                 f"{self.n_cells:,} and var {len(self.genes):,}"
             )
 
-    def _check_columns(self, columns: H5adColumns) -> None:
-        needed = {"label": "the cell types", "donor": "the donors, who decide about the split"}
+    def _check_columns(self, columns: H5adColumns, needs_donors: bool) -> None:
+        needed = {"label": "the cell types"}
+        if needs_donors:
+            needed["donor"] = "the donors, who decide about the split"
+        elif columns.donor != _DEFAULT.donor:
+            needed["donor"] = "the donors"
         needed |= {"dataset": "the studies"} if columns.dataset != _DEFAULT.dataset else {}
         needed |= {"split": "the splits"} if columns.split else {}
         for flag, what in needed.items():
@@ -386,9 +419,9 @@ class _File:
                     yield self._checked(part)
 
     def _parts(self, matrix: h5py.Group | h5py.Dataset, rows: np.ndarray) -> Iterator[sparse.csr_array]:
-        if _kind(matrix) == "csr":
+        if kind_of(matrix) == "csr":
             return _parts_of_csr(matrix, rows, len(self.genes))
-        if _kind(matrix) == "dense":
+        if kind_of(matrix) == "dense":
             return _parts_of_dense(matrix, rows)
         with self._lock:  # of several threads only one reads it
             return iter([self._whole[rows]])
@@ -417,7 +450,7 @@ class _File:
             largest = part.data.max()
             print(
                 f"{self.name}: {self.counts} has counts that are not whole numbers; they are kept as they are"
-                if largest >= _LARGEST_NORMALIZED
+                if largest >= LARGEST_NORMALIZED
                 else f"{self.name}: {self.counts} looks normalised already (its values are not whole numbers, and the "
                 f"largest of the first cells is {largest:.3g}); it is taken for raw counts{self._elsewhere}",
                 file=sys.stderr,
@@ -457,20 +490,6 @@ def _modernized(path: Path) -> h5py.File:
     with warnings.catch_warnings(action="ignore"):  # about the old form
         write_elem(modern, "/", anndata.read_h5ad(path))
     return modern
-
-
-def _matrices(file: h5py.File) -> dict[str, tuple[str, str]]:
-    """Find the matrices of a file: for each name its place and that of its genes."""
-    places = [(name, f"layers/{name}", "var") for name in file.get("layers", ())]
-    places += [("X", "X", "var"), ("raw", "raw/X", "raw/var")]
-    return {name: (place, var) for name, place, var in places if place in file and _kind(file[place]) is not None}
-
-
-def _kind(matrix: h5py.Group | h5py.Dataset) -> str | None:
-    """Tell how a matrix is kept: by cell, by gene, in full; None if it is none."""
-    if isinstance(matrix, h5py.Dataset):
-        return "dense" if matrix.ndim == 2 else None
-    return {"csr_matrix": "csr", "csc_matrix": "csc"}.get(matrix.attrs.get("encoding-type"))
 
 
 def _genes(name: str, var: pd.DataFrame, column: str | None) -> pd.DataFrame:

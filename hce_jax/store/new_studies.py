@@ -4,9 +4,9 @@ import dataclasses
 import json
 import shutil
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import anndata
 import h5py
@@ -16,7 +16,7 @@ import xxhash
 from anndata.io import sparse_dataset, write_elem
 from scipy import sparse
 
-from hce_jax.errors import OntologyError, StoreError
+from hce_jax.errors import SourceError, StoreError
 from hce_jax.files import written_aside
 from hce_jax.hierarchy.cell_ontology import CellOntology
 from hce_jax.preprocess.genes import GeneAlignment
@@ -24,6 +24,7 @@ from hce_jax.store.cell_source import TERM_COLUMN, TEXT_COLUMNS, CellSource, war
 from hce_jax.store.schema import LABEL_COLUMN, SideFiles
 from hce_jax.store.selection import Rules, Step, Steps, joined, refuse_unknown
 from hce_jax.store.threads import Tick, run_in_threads
+from hce_jax.store.type_matching import TypeMatcher
 from hce_jax.store.work_folder import locked, named_in_errors, open_work_folder, work_path
 
 #: Says what is in the folder, and why.
@@ -97,19 +98,22 @@ class NewStudies:
 def write_new_studies(
     source: CellSource,
     side: SideFiles,
-    known_datasets: Collection[str],
+    known_datasets: Collection[str] | None,
     destination: str | Path,
     *,
     ontology: CellOntology,
     assays: tuple[str, ...] | None,
+    dataset_ids: Collection[str] = (),
     chunk_cells: int = CELLS_PER_CHUNK,
+    request: Mapping[str, Any] | None = None,
     force: bool = False,
 ) -> NewStudies:
-    """Write the cells of new studies whose type is one of a store's, with the store's genes and labels.
+    """Write the cells of new or named studies whose type is one of a store's, with the store's genes and labels.
 
     ``chunk_0.h5ad``, ``chunk_1.h5ad``, ... have raw counts (CSR, float32) in X, and in obs what the source says of the
-    cells. Types are compared by what their Cell Ontology ids or labels stand for in one release. An interrupted call is
-    taken up by the next one; finished files are not read again.
+    cells. Which type a label stands for: see :meth:`hce_jax.store.type_matching.TypeMatcher.match`; types that the
+    ontology does not know are found by the same label or id only, which is said on stderr. An interrupted call is taken
+    up by the next one; finished files are not read again.
 
     Parameters
     ----------
@@ -118,15 +122,19 @@ def write_new_studies(
     side
         The store's genes and types.
     known_datasets
-        Studies that are not new.
+        Studies that are not new; None: only those of ``dataset_ids`` are wanted.
     destination
         Folder to be; it appears when it is complete.
     ontology
         Says which type a label or an id stands for.
     assays
         Only cells measured in one of these ways; None: in any.
+    dataset_ids
+        Studies that are wanted, new or not.
     chunk_cells
         Cells of a file.
+    request
+        What :func:`refuse_other_request` is to find in the folder; for JSON.
     force
         Make it anew: remove what is there under this name, and what an interrupted call left.
 
@@ -135,9 +143,8 @@ def write_new_studies(
     StoreError
         If the destination is there already, or cannot be written.
     SourceError
-        If no cell is left, which says after which rule, no cell has one of the assays, or the source cannot be read.
-    OntologyError
-        If the ontology lacks a type of the store.
+        If no cell is left, which says after which rule, no cell is of one of the named studies or has one of the
+        assays, or the source cannot be read.
 
     Examples
     --------
@@ -148,7 +155,8 @@ def write_new_studies(
     destination = Path(destination)
     if destination.exists() and not force:
         raise StoreError(f"{destination} is there already; --force-download makes it anew")
-    plan = _Plan.make(source, side, known_datasets, ontology, assays, chunk_cells)
+    studies = _Studies(None if known_datasets is None else frozenset(known_datasets), frozenset(dataset_ids))
+    plan = _Plan.make(source, side, studies, ontology, assays, chunk_cells)
     if force:
         _remove(destination)
     with open_work_folder(destination, plan.settings(), dict.fromkeys(plan.chunks, Path("/"))) as work:
@@ -161,7 +169,8 @@ def write_new_studies(
 
         run_in_threads("new studies", make, missing, 1, done=len(plan.obs) - n_missing, total=len(plan.obs))
         with named_in_errors(work.store / ABOUT_FILE) as path, written_aside(path) as aside:
-            aside.write_text(json.dumps(plan.describe(), indent=1) + "\n", encoding="utf-8")
+            about = plan.describe() | ({"request": request} if request else {})
+            aside.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
         work.publish(destination)
     return NewStudies(
         folder=destination,
@@ -174,6 +183,115 @@ def write_new_studies(
     )
 
 
+def refuse_incomplete(folder: Path) -> None:
+    """Refuse a folder of new studies in which files are missing; of another folder nothing is known.
+
+    Raises
+    ------
+    StoreError
+        If the folder has a new_studies.json that cannot be read, or lacks a file that it names.
+
+    Examples
+    --------
+    >>> refuse_incomplete(Path("my_h5ad_files"))
+    """
+    chunks = _read_about(folder).get("chunks", {}) if (folder / ABOUT_FILE).is_file() else {}
+    missing = [name for name in chunks if not (folder / name).is_file()]
+    if missing:
+        raise StoreError(
+            f"{folder} lacks {missing[0]}{f' and {len(missing) - 1} more' if missing[1:] else ''} of the {len(chunks)} "
+            f"files that its {ABOUT_FILE} names; bring back what is missing, or make the folder anew (--force-download)"
+        )
+
+
+def refuse_other_request(folder: Path, request: Mapping[str, Any]) -> None:
+    """Refuse a folder of new studies that was not written for this very request, or in which files are missing.
+
+    Parameters
+    ----------
+    folder
+        As :func:`write_new_studies` writes it.
+    request
+        As it was given there.
+
+    Raises
+    ------
+    StoreError
+        That says what differs.
+
+    Examples
+    --------
+    >>> refuse_other_request(Path("ood/diff_2023-05-15_2023-12-15_chunks"), request)  # doctest: +SKIP
+    """
+    remedy = "--force-download makes it anew"
+    made_for = _read_about(folder).get("request") if (folder / ABOUT_FILE).is_file() else None
+    if not made_for:
+        raise StoreError(f"{folder} has no {ABOUT_FILE} that says what was asked for; {remedy}")
+    for key, wanted in request.items():
+        if (was := made_for.get(key)) != wanted:
+            is_digest = isinstance(wanted, dict)
+            how = f"for other {key}" if is_digest else f"with {key} {_listed(was)}, not {_listed(wanted)}"
+            raise StoreError(f"{folder} was made {how}; {remedy}")
+    refuse_incomplete(folder)
+
+
+def _listed(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _read_about(folder: Path) -> dict[str, Any]:
+    file = folder / ABOUT_FILE
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise StoreError(f"{file} is not a readable JSON object ({error}); make the folder anew") from error
+
+
+def digest_of(side: SideFiles) -> dict[str, dict[str, str]]:
+    """Return checksums of the genes and the types of a store, as part of a request.
+
+    Examples
+    --------
+    >>> digest_of(open_store("store").side)  # doctest: +SKIP
+    {'genes': {'xxh3_64': '1f0a6c7d0f4b3e55'}, 'types': {'xxh3_64': '9a3d1c2b7e6f5a40'}}
+    """
+    lists = {"genes": (side.gene_ids, side.gene_names), "types": (side.labels, side.cl_ids or ())}
+    return {what: {"xxh3_64": xxhash.xxh3_64_hexdigest(json.dumps(names).encode())} for what, names in lists.items()}
+
+
+class _Studies(NamedTuple):
+    """Which studies are wanted.
+
+    Attributes
+    ----------
+    known
+        Those but these; None: no others than the named.
+    named
+        And these.
+    """
+
+    known: frozenset[str] | None
+    named: frozenset[str]
+
+    @property
+    def rule(self) -> str:
+        """What to call it."""
+        return "of the named studies" if self.known is None else "of new studies"
+
+    def wanted(self, dataset_ids: pd.Series) -> pd.Series:
+        """Tell which cells are of such a study."""
+        named = dataset_ids.isin(self.named)
+        return named if self.known is None else named | ~dataset_ids.isin(self.known)
+
+    def refuse_absent(self, found: Collection[str], title: str) -> None:
+        """Refuse names that no cell has."""
+        if absent := sorted(self.named.difference(found)):
+            raise SourceError(
+                f"no cell of {title} is of the study {' or '.join(map(repr, absent))}; studies go by their dataset_id, "
+                f"such as {', '.join(sorted(found)[:3])}"
+            )
+
+
 @dataclasses.dataclass(frozen=True)
 class _Plan:
     """What there is to write.
@@ -183,7 +301,7 @@ class _Plan:
     source, side, ontology
         As given.
     cl_ids
-        Ids of the store's types in the ontology's release.
+        Ids of the store's types, as of :class:`TypeMatcher`.
     alignments
         Where the source's genes lie among the store's.
     obs
@@ -192,8 +310,8 @@ class _Plan:
         As in :class:`NewStudies`.
     chunk_cells
         Cells of a file.
-    n_known, assays
-        Number of studies that are not new, and the assays asked for.
+    wanted, assays
+        The studies and the assays asked for.
     """
 
     source: CellSource
@@ -205,32 +323,42 @@ class _Plan:
     steps: tuple[Step, ...]
     left_out_types: dict[str, int]
     chunk_cells: int
-    n_known: int
+    wanted: _Studies
     assays: tuple[str, ...] | None
 
     @staticmethod
     def make(
         source: CellSource,
         side: SideFiles,
-        known_datasets: Collection[str],
+        wanted: _Studies,
         ontology: CellOntology,
         assays: tuple[str, ...] | None,
         chunk_cells: int,
     ) -> "_Plan":
         """Choose the cells, and find the genes."""
-        cl_ids = _ids_of_types(side, ontology)
         alignments = source.align(side.gene_ids, side.gene_names)
         warn_of_few_genes(alignments)
         steps, left_out, seen = Steps(), Counter[str](), {"dataset_id": set[str](), "assay": set[str]()}
-        types = _Types(cl_ids, side.labels, ontology)
-        batches = list(_chosen_batches(source, frozenset(known_datasets), assays, types, steps, left_out, seen))
+        types = TypeMatcher(side.labels, side.cl_ids, ontology)
+        types.warn(side.path)
+        batches = list(_chosen_batches(source, wanted, assays, types, side.labels, steps, left_out, seen))
         refuse_unknown(Rules(assays=assays), seen | {"tissue_general": set()}, source.title)
+        wanted.refuse_absent(seen["dataset_id"], source.title)
         steps.refuse_none()
         obs = joined(batches)
         left_out_types = dict(left_out.most_common())
-        n_known = len(known_datasets)
         return _Plan(
-            source, side, ontology, cl_ids, alignments, obs, steps.table(), left_out_types, chunk_cells, n_known, assays
+            source=source,
+            side=side,
+            ontology=ontology,
+            cl_ids=types.cl_ids,
+            alignments=alignments,
+            obs=obs,
+            steps=steps.table(),
+            left_out_types=left_out_types,
+            chunk_cells=chunk_cells,
+            wanted=wanted,
+            assays=assays,
         )
 
     @property
@@ -267,7 +395,8 @@ class _Plan:
             "source": {"title": self.source.title, **self.source.about()},
             "ontology": str(self.ontology),
             "assays": self.assays,
-            "known_studies": self.n_known,
+            "known_studies": None if self.wanted.known is None else len(self.wanted.known),
+            "named_studies": sorted(self.wanted.named),
             "left_after_each_rule": {step.rule: step.cells for step in self.steps},
             "left_out_types": self.left_out_types,
             "studies": self.studies,
@@ -313,45 +442,12 @@ class _Plan:
         return pd.DataFrame(var, index=list(self.side.gene_ids))
 
 
-def _ids_of_types(side: SideFiles, ontology: CellOntology) -> tuple[str, ...]:
-    """Find the store's types in the ontology."""
-    cl_ids = ontology.resolve(side.cl_ids or side.labels).cl_ids
-    for cl_id, times in Counter(cl_ids).items():
-        if times > 1:
-            same = " and ".join(label for label, each in zip(side.labels, cl_ids, strict=True) if each == cl_id)
-            raise OntologyError(
-                f"{ontology}: {same}, different types of {side.path}, are both {cl_id}; name another release"
-            )
-    return cl_ids
-
-
-class _Types:
-    """Which type of a store the labels and ids of a source stand for."""
-
-    def __init__(self, cl_ids: tuple[str, ...], labels: tuple[str, ...], ontology: CellOntology):
-        self._code_of_id = {cl_id: code for code, cl_id in enumerate(cl_ids)}
-        self._labels: pd.Index = pd.Index(labels)
-        self._ontology = ontology
-        self._code_of_name: dict[str, int] = {}
-
-    def of(self, batch: pd.DataFrame) -> pd.Categorical:
-        """Return the store's label of each cell, missing where it is none of the store's."""
-        names = batch[TERM_COLUMN if TERM_COLUMN in batch else LABEL_COLUMN].cat
-        code_of_category = np.array([self._code(name) for name in names.categories], np.int64)
-        return pd.Categorical.from_codes(code_of_category[names.codes], self._labels)
-
-    def _code(self, name: str) -> int:
-        if name not in self._code_of_name:
-            found = self._ontology.find(name)
-            self._code_of_name[name] = -1 if found is None else self._code_of_id.get(found.cl_id, -1)
-        return self._code_of_name[name]
-
-
 def _chosen_batches(
     source: CellSource,
-    known_datasets: frozenset[str],
+    wanted: _Studies,
     assays: tuple[str, ...] | None,
-    types: _Types,
+    types: TypeMatcher,
+    labels: tuple[str, ...],
     steps: Steps,
     left_out: Counter[str],
     seen: dict[str, set[str]],
@@ -365,9 +461,9 @@ def _chosen_batches(
         if assays is not None:
             batch = batch[batch["assay"].isin(assays)]
             steps.count("of these assays", batch[LABEL_COLUMN])
-        batch = batch[~batch["dataset_id"].isin(known_datasets)]
-        steps.count("of new studies", batch[LABEL_COLUMN])
-        label_n = types.of(batch)
+        batch = batch[wanted.wanted(batch["dataset_id"])]
+        steps.count(wanted.rule, batch[LABEL_COLUMN])
+        label_n = pd.Categorical.from_codes(types.codes(batch), pd.Index(labels))
         ours = label_n.codes >= 0
         counts = batch[LABEL_COLUMN][~ours].value_counts()
         left_out.update({str(label): int(n_cells) for label, n_cells in counts.items() if n_cells})

@@ -33,7 +33,10 @@ def describe(parser: argparse.ArgumentParser) -> None:
         "--gene-column", metavar="NAME", help="of var: Ensembl ids or gene names; feature_id, or the index of var"
     )
     columns.add_argument(
-        "--counts", metavar="NAME", help="the matrix of raw counts: X, raw or a layer; raw if there is one, else X"
+        "--counts",
+        metavar="NAME",
+        help="the matrix of raw counts: X, raw or a layer; if not given, the first of raw, X and the layers that looks "
+        "like it",
     )
 
 

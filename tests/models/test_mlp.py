@@ -48,8 +48,9 @@ def test_a_bad_hyper_parameter_is_named_with_its_value_and_rule(field, value, ru
 def test_dropout_drops_its_share_in_training_only_and_keeps_the_mean():
     model = mlp(n_hidden=1, hidden_size=2000, dropout=0.25)
     x = cells()
-    kept = model._encode(x, train=True, key=jax.random.key(0))
-    whole = MLP._encode(mlp(n_hidden=1, hidden_size=2000, dropout=0.0), x, train=True, key=None)
+    kept = model._encode(model.first_layer(x), train=True, key=jax.random.key(0))
+    undropped = mlp(n_hidden=1, hidden_size=2000, dropout=0.0)
+    whole = undropped._encode(undropped.first_layer(x), train=True, key=None)
     assert abs(float((kept == 0).mean()) - 0.25) < 0.01
     np.testing.assert_allclose(kept[kept != 0], (whole / 0.75)[kept != 0], rtol=1e-5)
     np.testing.assert_array_equal(model(x)[0], model(x, key=jax.random.key(1))[0])

@@ -65,7 +65,7 @@ def test_genes_none_of_which_is_ours_are_refused(theirs):
     assert str(caught.value) == (
         f"none of the {len(theirs)} genes of mine.h5ad ({shown}) is among the 5 asked for (ENSG00000010610, "
         "ENSG00000153563, ...; by name CD4, CD8A, ...); name the column of var that has Ensembl ids or gene names "
-        "(--gene-column), or build with other genes (--genes)"
+        "(--gene-column), or ask for other genes"
     )
 
 
@@ -93,3 +93,15 @@ def test_counts_come_into_our_order_gene_by_gene(container, seed):
     np.testing.assert_array_equal(given.toarray(), counts)
     assert alignment.n_found == len(set(ours) & set(theirs))
     assert alignment.apply(given[:0]).shape == (0, 30)
+
+
+def test_counts_that_are_in_our_order_stay_in_it_sorted():
+    counts = np.arange(1, 13, dtype=np.float32).reshape(3, 4)
+    genes = np.array([[2, 0, 3, 1], [0, 1, 2, 3], [3, 2, 1, 0]])
+    given = sparse.csr_matrix((np.take_along_axis(counts, genes, 1).ravel(), genes.ravel(), [0, 4, 8, 12]), (3, 4))
+    names = [f"G{gene}" for gene in range(4)]
+    aligned = align_genes(names, names, names).apply(given)
+    assert isinstance(aligned, sparse.csr_array)
+    assert aligned.has_canonical_format
+    np.testing.assert_array_equal(aligned.toarray(), counts)
+    np.testing.assert_array_equal(given.indices, genes.ravel())

@@ -12,7 +12,7 @@ import pytest
 from scipy import sparse
 
 from hce_jax.errors import SourceError
-from hce_jax.store import h5ad
+from hce_jax.store import h5ad, h5ad_matrices
 from hce_jax.store.cell_source import TERM_COLUMN, TEXT_COLUMNS
 from hce_jax.store.h5ad import H5adColumns, H5adSource
 
@@ -175,6 +175,107 @@ def test_the_matrix_is_raw_where_there_is_one_or_the_one_named(tmp_path, counts_
     assert len(source.genes()) == len(genes_of)
 
 
+LOOKS = {
+    "counts": lambda x: x,
+    "other counts": lambda x: x * 2,
+    "counts as integers": lambda x: x.astype(np.int64),
+    "normalised": lambda x: np.log1p(x),
+    "scaled": lambda x: x - 100,
+    "corrected": lambda x: x * np.float32(0.75),
+    "not finite": lambda x: np.where(x == 101, np.inf, x),
+    "NaN": lambda x: np.where(x == 101, np.nan, x),
+    "empty": lambda x: x * 0,
+}
+LOG = "not whole numbers, 0 to 6.82"
+
+
+@pytest.mark.parametrize(
+    ("looks", "taken", "said"),
+    [
+        ({"X": "counts"}, "X", None),
+        ({"X": "counts as integers"}, "X", None),
+        ({"X": "corrected"}, "X", None),
+        ({"X": "empty"}, "X", None),
+        ({"X": "empty", "counts": "counts"}, "counts", "layers/counts (X: only zeros)"),
+        ({"X": "empty", "a": "normalised"}, "X", f"X (layers/a: {LOG})"),
+        ({"X": "empty", "a": "corrected"}, "a", "layers/a (X: only zeros)"),
+        ({"raw": "counts", "X": "normalised"}, "raw", "raw (not looked at: X)"),
+        ({"raw": "normalised", "X": "counts"}, "X", f"X (raw: {LOG})"),
+        ({"X": "normalised", "a": "other counts", "counts": "counts"}, "counts",
+         f"layers/counts (X: {LOG}; not looked at: layers/a)"),
+        ({"X": "scaled", "raw": "normalised", "a": "normalised", "b": "counts"}, "b",
+         f"layers/b (raw: {LOG}; X: whole numbers, -100 to 817; layers/a: {LOG})"),
+        ({"X": "not finite", "a": "counts"}, "a", "layers/a (X: values that are not finite)"),
+        ({"X": "NaN", "a": "counts"}, "a", "layers/a (X: values that are not finite)"),
+        ({"X": "corrected", "a": "counts"}, "a", "layers/a (X: not whole numbers, 0 to 688)"),
+        ({"X": "corrected", "a": "normalised"}, "X", f"X (layers/a: {LOG})"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
+)  # fmt: skip
+def test_raw_counts_are_looked_for_in_raw_x_and_the_layers(tmp_path, capsys, looks, taken, said):
+    adata, x = cells_of(range(9)), counts_of(range(9), range(N_GENES))
+    made = {name: sparse.csr_matrix(LOOKS[look](x)) for name, look in looks.items()}
+    adata.X = made.pop("X")
+    if "raw" in made:
+        adata.raw = anndata.AnnData(made.pop("raw"), adata.obs, adata.var)
+    for name, matrix in made.items():
+        adata.layers[name] = matrix
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    source = H5adSource.open(tmp_path)
+    assert capsys.readouterr().err == (f"cells.h5ad: raw counts taken from {said}\n" if said else "")
+    assert source.about()["h5ad"][0]["counts"] == taken
+    assert (counts(source, [3, 8]) == LOOKS[looks[taken]](x)[[3, 8]]).all()
+
+
+@pytest.mark.parametrize(
+    ("looks", "says"),
+    [
+        ({"X": "normalised"}, f"X: {LOG}"),
+        ({"X": "scaled", "counts": "normalised"}, f"X: whole numbers, -100 to 817; layers/counts: {LOG}"),
+        ({"X": "NaN", "a": "not finite"}, "X: values that are not finite; layers/a: values that are not finite"),
+    ],
+)
+def test_a_file_without_raw_counts_is_refused_with_what_was_seen_unless_a_matrix_is_named(tmp_path, looks, says):
+    adata, x = cells_of(range(9)), counts_of(range(9), range(N_GENES))
+    for name, look in looks.items():
+        if name == "X":
+            adata.X = LOOKS[look](x)
+        else:
+            adata.layers[name] = LOOKS[look](x)
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    refused(re.escape(f"cells.h5ad has no raw counts; looked in {says}; get them from "), tmp_path)
+    H5adSource.open(tmp_path, H5adColumns(counts="X"))
+
+
+def test_files_of_which_the_same_is_to_be_said_share_a_line(tmp_path, capsys):
+    for name in ("a", "b", "c"):
+        adata = cells_of(range(4))
+        adata.raw = adata
+        adata.X = np.log1p(adata.X.toarray())
+        adata.write_h5ad(tmp_path / f"{name}.h5ad")
+    H5adSource.open(tmp_path)
+    assert capsys.readouterr().err == "a.h5ad and 2 more: raw counts taken from raw (not looked at: X)\n"
+
+
+@pytest.mark.parametrize("kind", [sparse.csr_matrix, sparse.csc_matrix, np.asarray])
+def test_few_values_tell_where_the_raw_counts_are(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(h5ad_matrices, "_LOOKED_AT", 50)
+    adata = cells_of(range(40))
+    adata.X = kind(adata.X.toarray())
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    read, get = [], h5py.Dataset.__getitem__
+
+    def reading(dataset, *args):
+        values = get(dataset, *args)
+        if dataset.name in ("/X/data", "/X"):
+            read.append(values.size)
+        return values
+
+    monkeypatch.setattr(h5py.Dataset, "__getitem__", reading)
+    H5adSource.open(tmp_path)
+    assert read == [51 if kind is np.asarray else 50]  # of 680 and 453; three rows of 17 genes
+
+
 def test_a_layer_called_raw_is_raw_where_there_is_no_other(tmp_path):
     adata = cells_of(range(4))
     adata.layers["raw"] = adata.X * 5
@@ -223,7 +324,7 @@ def test_negative_and_non_finite_values_are_an_error_that_names_the_other_matric
     adata.layers["counts"] = adata.X.copy()
     adata.X.data[[3, 40]] = value
     adata.write_h5ad(tmp_path / "cells.h5ad")
-    source = H5adSource.open(tmp_path / "cells.h5ad")
+    source = H5adSource.open(tmp_path / "cells.h5ad", H5adColumns(counts="X"))
     n_values = adata.X.nnz
     expected = f"cells.h5ad: 2 of {n_values} values read from X are negative or not finite, so they are normalised or "
     expected += "scaled; raw counts are needed; name another matrix (--counts): it has counts"
@@ -249,7 +350,7 @@ def test_counts_that_are_not_whole_are_kept_which_is_said_once(tmp_path, capsys,
         adata.layers[name] = adata.X
     adata.X = adata.X * np.float32(factor)
     adata.write_h5ad(tmp_path / "cells.h5ad")
-    source = H5adSource.open(tmp_path / "cells.h5ad")
+    source = H5adSource.open(tmp_path / "cells.h5ad", H5adColumns(counts="X"))
     for rows in ([0, 1], range(6), [5]):
         expected = counts_of(rows, range(N_GENES)) * np.float32(factor)
         np.testing.assert_array_equal(counts(source, rows), expected)
@@ -598,7 +699,7 @@ def without_data(file):
         (no_matrix, "cells.h5ad has no matrix 'X'; it has none"),
         (a_table, "cells.h5ad has no matrix 'X'; it has none"),
         (a_list, "cells.h5ad has no matrix 'X'; it has none"),
-        (of_words, r"cells.h5ad: X is no matrix of numbers; name another \(--counts\)"),
+        (of_words, r"cells.h5ad has no raw counts; looked in X: no numbers; .*\(--counts\)"),
         (short, "cells.h5ad is damaged: X has 4 cells and 17 genes, but obs has 5 and var 17"),
         (narrow, "cells.h5ad is damaged: X has 5 cells and 16 genes, but obs has 5 and var 17"),
         (without_data, r"cells.h5ad cannot be read as h5ad, it may be damaged \(.*data"),
@@ -609,6 +710,13 @@ def test_a_matrix_that_is_none_or_of_another_size_is_refused(tmp_path, change, s
     with h5py.File(tmp_path / "cells.h5ad", "r+") as file:
         change(file)
     refused(says, tmp_path)
+
+
+def test_a_named_matrix_without_numbers_is_refused(tmp_path):
+    cells_of(range(5)).write_h5ad(tmp_path / "cells.h5ad")
+    with h5py.File(tmp_path / "cells.h5ad", "r+") as file:
+        of_words(file)
+    refused(r"cells.h5ad: X is no matrix of numbers; name another \(--counts\)", tmp_path, counts="X")
 
 
 def gene_out_of_range(file):

@@ -10,12 +10,18 @@ import pytest
 from memory_source import MemorySource, counts_of, genes_of
 from scipy import sparse
 
-from hce_jax.errors import OntologyError, SourceError, StoreError
+from hce_jax.errors import SourceError, StoreError
 from hce_jax.hierarchy.cell_ontology import CellOntology, Term
 from hce_jax.store import new_studies, open_store
 from hce_jax.store.cell_source import TERM_COLUMN, TEXT_COLUMNS
 from hce_jax.store.h5ad import H5adSource
-from hce_jax.store.new_studies import ABOUT_FILE, write_new_studies
+from hce_jax.store.new_studies import (
+    ABOUT_FILE,
+    digest_of,
+    refuse_incomplete,
+    refuse_other_request,
+    write_new_studies,
+)
 from hce_jax.store.schema import SideFiles
 from hce_jax.store.simulate import simulate_atlas
 
@@ -126,6 +132,28 @@ def test_any_assay_will_do_if_none_is_named(tmp_path):
     assert "of these assays" not in found.dropped
 
 
+def test_named_studies_are_taken_known_or_not_and_alone_where_none_is_known(tmp_path):
+    named = ("study 4", "study 7")
+    for known, rule in ((None, "of the named studies"), (KNOWN, "of new studies")):
+        options = {"ontology": ONTOLOGY, "assays": ASSAYS, "dataset_ids": named}
+        found = write_new_studies(source_of(), side_files(), known, tmp_path / rule, **options)
+        obs = anndata.read_h5ad(tmp_path / rule / "chunk_0.h5ad").obs
+        originals = all_cells().set_index("soma_joinid").loc[obs["soma_joinid"]]
+        wanted = {f"study {n}" for n in range(10)} - KNOWN | {*named} if known else {*named}
+        assert set(originals["dataset_id"]) == wanted
+        assert set(chosen()["dataset_id"]) == {f"study {n}" for n in range(10)} - KNOWN
+        assert found.steps[3].rule == rule
+        about = json.loads((tmp_path / rule / ABOUT_FILE).read_text())
+        assert about["named_studies"] == sorted(named)
+        assert about["known_studies"] == (len(KNOWN) if known else None)
+    says = (
+        r"no cell of memory is of the study 'Study 4' or 'study 44'; .* dataset_id, such as study 0, study 1, study 2"
+    )
+    options["dataset_ids"] = ("study 44", "study 4", "Study 4")
+    with pytest.raises(SourceError, match=says):
+        write_new_studies(source_of(), side_files(), None, tmp_path / "none", **options)
+
+
 B_CELLS = {"B cell", "B lymphocyte", "b CELL"}
 
 
@@ -210,12 +238,29 @@ def test_few_of_the_store_s_genes_are_worth_a_warning(tmp_path, capsys):
     assert not x[:, [1, 2, 4, 6]].any()
 
 
-def test_a_type_of_the_store_that_the_ontology_lacks_or_has_twice_is_an_error(tmp_path):
-    with pytest.raises(OntologyError, match="no such"):
-        write(source_of(), tmp_path / "new", side_files(("T cell", "no such"), None))
-    same = "T cell and T lymphocyte, different types of store, are both CL:0000001; name another release"
-    with pytest.raises(OntologyError, match=same):
-        write(source_of(), tmp_path / "new", side_files(("T cell", "T lymphocyte"), ("CL:0000001", "CL:0000004")))
+def test_types_of_the_store_that_the_ontology_lacks_or_takes_for_one_are_found_by_their_own_label_and_id(
+    tmp_path, capsys
+):
+    obs = all_cells().replace(
+        {"cell_type": {"no such cell": "T lymphocyte"}, TERM_COLUMN: {"CL:9999999": "CL:0000004"}}
+    )
+    side = side_files(
+        ("obsolete lost cell", "T cell", "lump", "no such"), ("CL:0000005", "CL:0000001", "CL:0000004", "?")
+    )
+    found = write(source_of(obs), tmp_path / "new", side, chunk_cells=1000)
+    expected = (
+        "Cell Ontology 2026-01-01 (the tests) does not tell what 'obsolete lost cell', 'T cell', 'lump' and 1 more "
+    )
+    expected += "of store stand for: cells of these types are found by the same label or id only\n"
+    assert capsys.readouterr().err == expected
+    obs = anndata.read_h5ad(tmp_path / "new" / "chunk_0.h5ad").obs
+    originals = all_cells().set_index("soma_joinid")["cell_type"][obs["soma_joinid"]].to_numpy()
+    assert {(new, old) for new, old in zip(obs["cell_type"], originals, strict=True)} == {
+        ("obsolete lost cell", "obsolete lost cell"), ("T cell", "T cell"), ("lump", "no such cell")
+    }  # fmt: skip
+    ids = {"obsolete lost cell": "CL:0000005", "T cell": "CL:0000001", "lump": "CL:0000001"}
+    assert obs[TERM_COLUMN].tolist() == [ids[label] for label in obs["cell_type"]]
+    assert found.cells == len(obs) > 12
 
 
 # --- memory, interruptions, what is there already ---------------------------------------------------------------------
@@ -301,6 +346,46 @@ def test_nothing_is_removed_that_is_not_new_studies_or_when_no_cell_would_take_i
     (tmp_path / "file").write_text("a file")
     with pytest.raises(StoreError, match=r"cannot use .*file: Not a directory"):
         write(source_of(), tmp_path / "file", force=True)
+
+
+def test_a_folder_in_which_a_file_is_missing_is_not_read(tmp_path, expected):
+    folder = tmp_path / "expected"
+    refuse_incomplete(folder)
+    n_files = len(expected) - 1
+    (folder / "chunk_2.h5ad").unlink()
+    says = rf"expected lacks chunk_2.h5ad of the {n_files} files that its new_studies.json names; bring back"
+    for read in (refuse_incomplete, H5adSource.open):
+        with pytest.raises(StoreError, match=says):
+            read(folder)
+    (folder / "chunk_0.h5ad").unlink()
+    with pytest.raises(StoreError, match=r"expected lacks chunk_0.h5ad and 1 more of the"):
+        refuse_incomplete(folder)
+    (folder / ABOUT_FILE).write_text('{"chunks')
+    with pytest.raises(StoreError, match=r"expected/new_studies.json is not a readable JSON object"):
+        refuse_incomplete(folder)
+    (folder / ABOUT_FILE).unlink()
+    assert len(H5adSource.open(folder).files) == n_files - 2  # some h5ad files, of which nothing is known
+
+
+def test_a_folder_tells_for_which_request_it_was_made(tmp_path):
+    request = {"Census": "B", "assays": ["x", "y"], **digest_of(side_files())}
+    write(source_of(), tmp_path / "new", request=request)
+    refuse_other_request(tmp_path / "new", request)
+    others = side_files(("T lymphocyte", "B cell"), ("CL:0000004", "CL:0000002"))
+    for other, says in (
+        ({"Census": "C"}, "was made with Census B, not C;"),
+        ({"assays": "any"}, "was made with assays x, y, not any;"),
+        (digest_of(side_files(n_genes=10)), "was made for other genes;"),
+        (digest_of(others), "was made for other types;"),
+        ({"release": "1"}, "was made with release None, not 1;"),
+    ):
+        with pytest.raises(StoreError, match=f"new {says} --force-download makes it anew"):
+            refuse_other_request(tmp_path / "new", request | other)
+    write(source_of(), tmp_path / "unasked")
+    (tmp_path / "published").mkdir()
+    for name in ("unasked", "published"):
+        with pytest.raises(StoreError, match=rf"{name} has no new_studies.json that says what was asked for; --force"):
+            refuse_other_request(tmp_path / name, request)
 
 
 # --- other sources ----------------------------------------------------------------------------------------------------
