@@ -154,9 +154,9 @@ def choose_cells(first: Classifier) -> Cells:
     if FLAGS.ood_data:
         files = FLAGS.ood_data
     else:
-        store = store_of(first)
-        is_asked_for = any(FLAGS[name].value for name in _OF_CENSUS)
-        files = [store / "ood" if any(store.glob("ood/*.h5ad")) and not is_asked_for else download(first.side, store)]
+        root = Path(FLAGS.output_root) if FLAGS.output_root else store_of(first)
+        kept, is_asked_for = root / "ood", any(FLAGS[name].value for name in _OF_CENSUS)
+        files = [kept if any(kept.glob("*.h5ad")) and not is_asked_for else download(first.side, root)]
     columns = {name.removesuffix("_column"): value for name in _OF_H5AD if (value := FLAGS[name].value)}
     source = H5adSource.open(files, H5adColumns(**columns), needs_donors=False)
     cells = SourceCells.choose(source, first.side, CellOntology.open())
@@ -164,13 +164,13 @@ def choose_cells(first: Classifier) -> Cells:
     return cells
 
 
-def download(side: SideFiles, store: Path) -> Path:
+def download(side: SideFiles, root: Path) -> Path:
     """Collect the new studies of a Census, unless they are there."""
     from hce_jax.census.download import download_new_studies
 
     return download_new_studies(
         side,
-        Path(FLAGS.output_root) if FLAGS.output_root else store,
+        root,
         census_version=FLAGS.census_version or "2023-12-15",
         dataset_ids=tuple(FLAGS.dataset_ids or ["diff_2023-05-15"]),
         force=FLAGS.force_download,

@@ -103,7 +103,7 @@ def test_new_studies_are_read_once_for_every_checkpoint_of_a_list(store_path, tr
     (tmp_path / "list.txt").write_text(f"{checkpoint}\n{tmp_path / 'runs'}\n")
     labels = [*LABELS] * 6 + ["neuron"] * 4
     study = write_study(tmp_path / "study.h5ad", labels, donor_id=[f"d{i % 3}" for i in range(34)])
-    done = run(tmp_path, "evaluate.py", "--split=ood", f"--ood_data={study}", "--checkpoint_list=list.txt")
+    done = run(tmp_path, "evaluate.py", "--split=ood", f"--ood_data={study}", "--checkpoint-list=list.txt")
     assert done.returncode == 0, done.stderr
     assert "30 of 34 in study.h5ad are of 5 of the model's 5 types, from 1 study" in done.stdout
     assert "left out    neuron: 4" in done.stdout

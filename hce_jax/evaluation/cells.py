@@ -17,7 +17,7 @@ from hce_jax.store.cell_source import TEXT_COLUMNS, CellSource, warn_of_few_gene
 from hce_jax.store.type_matching import TypeMatcher
 
 #: What is said of each cell beside its label.
-GROUP_COLUMNS = tuple(name for name in TEXT_COLUMNS if name != LABEL_COLUMN)
+OBS_COLUMNS = tuple(name for name in TEXT_COLUMNS if name != LABEL_COLUMN)
 #: The number of a cell.
 JOINID = "soma_joinid"
 #: Cells of a block with raw counts.
@@ -42,7 +42,7 @@ class Cells(abc.ABC):
     block_sizes
         Cells of each block, (n_blocks,) int64.
     lookups
-        For each of the :data:`GROUP_COLUMNS` the text of its codes.
+        For each of the :data:`OBS_COLUMNS` the text of its codes.
     """
 
     title: str
@@ -98,8 +98,8 @@ class StoreCells(Cells):
         self.side = split.side
         self.title = f"{split.name} split of {split.side.path}"
         self.block_sizes = split.block_sizes
-        named = {name: self.side.lookup(name) for name in GROUP_COLUMNS if name in self.side.lookup_sizes}
-        self.lookups = named | self._numbered([name for name in GROUP_COLUMNS if name not in named])
+        named = {name: self.side.lookup(name) for name in OBS_COLUMNS if name in self.side.lookup_sizes}
+        self.lookups = named | self._numbered([name for name in OBS_COLUMNS if name not in named])
 
     def _numbered(self, columns: Sequence[str]) -> dict[str, tuple[str, ...]]:
         if not columns:
@@ -116,7 +116,7 @@ class StoreCells(Cells):
 
     def read_block(self, index: int) -> Block:
         """Read one block; see :meth:`Cells.read_block`."""
-        return self._split.read_block(index, (LABEL_COLUMN, JOINID, *GROUP_COLUMNS))
+        return self._split.read_block(index, (LABEL_COLUMN, JOINID, *OBS_COLUMNS))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -263,7 +263,7 @@ class _Choice:
         self._dataset_ids = None if dataset_ids is None else frozenset(dataset_ids)
         self._studies = set[str]()
         self._parts: list[dict[str, np.ndarray]] = []
-        self._codes: dict[str, dict[str, int]] = {name: {} for name in GROUP_COLUMNS}
+        self._codes: dict[str, dict[str, int]] = {name: {} for name in OBS_COLUMNS}
         self.n_cells = 0
         self.left_out, self.taken_as = Counter[str](), Counter[tuple[str, str]]()
 

@@ -14,7 +14,7 @@ from stores import cells_of as cells_of_store
 
 from hce_jax.errors import SourceError, StoreError
 from hce_jax.evaluation import cells as cells_module
-from hce_jax.evaluation.cells import GROUP_COLUMNS, SourceCells, StoreCells
+from hce_jax.evaluation.cells import OBS_COLUMNS, SourceCells, StoreCells
 from hce_jax.hierarchy.cell_ontology import CellOntology, Term
 from hce_jax.store import SideFiles, convert, open_store
 from hce_jax.store.cell_source import TERM_COLUMN, TEXT_COLUMNS
@@ -122,7 +122,7 @@ def test_expression_is_scaled_over_the_genes_that_the_model_knows():
 
 def test_texts_are_sorted_and_each_has_a_cell():
     cells = choose()
-    assert set(cells.lookups) == set(GROUP_COLUMNS) == set(TEXT_COLUMNS) - {"cell_type"}
+    assert set(cells.lookups) == set(OBS_COLUMNS) == set(TEXT_COLUMNS) - {"cell_type"}
     for name, texts in cells.lookups.items():
         assert list(texts) == sorted(set(chosen()[name])), name
 
@@ -283,8 +283,8 @@ def test_a_store_s_cells_are_those_of_its_split(tiny_store, tmp_path, kind):
     np.testing.assert_allclose(x, expression(expected), atol=1e-6)
     assert table["soma_joinid"].tolist() == expected.tolist()
     assert table["cell_type"].tolist() == [LABELS[label] for label in label_of(expected)]
-    assert all(set(table[name]) == {"a"} for name in GROUP_COLUMNS)
-    assert cells.lookups == dict.fromkeys(GROUP_COLUMNS, ("a", "b"))
+    assert all(set(table[name]) == {"a"} for name in OBS_COLUMNS)
+    assert cells.lookups == dict.fromkeys(OBS_COLUMNS, ("a", "b"))
     assert cells.title == f"test split of {path}"
     assert cells.n_cells == 17
     assert len(cells.block_sizes) == (3 if kind == "merlin" else 1)
