@@ -224,6 +224,11 @@ def check_same(first: Classifier, other: Classifier) -> None:
     """Check that models can be evaluated on the same cells."""
     if isinstance(first, Ensemble) and isinstance(other, Ensemble):
         first.predictors[0].check_member(other.predictors[0])
+    if not np.array_equal(first.side.reachability, other.side.reachability):
+        raise CheckpointError(
+            f"{first.side.path} and {other.side.path} have other hierarchies of the same cell types; evaluate them one "
+            "by one"
+        )
 
 
 def report(job: Job, result: Result, settings: Settings) -> None:
