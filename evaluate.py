@@ -13,6 +13,7 @@ simulated atlas, or else what the Census of 2023-12-15 has beyond that of 2023-0
 """
 
 import os
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -188,6 +189,11 @@ def result_folders(checkpoints: Sequence[Sequence[Path]]) -> list[Path]:
     return [Path(FLAGS.output_dir) / folder.resolve().relative_to(common) for folder in folders]
 
 
+def told_to_end(number: int, frame: object) -> None:
+    """End as by Ctrl-C on SIGTERM, so that nothing half done is left."""
+    raise KeyboardInterrupt("told to end (SIGTERM); nothing was written")
+
+
 def main() -> None:
     """Load the models, find the cells, write the results, print the tables."""
     check_flags()
@@ -223,7 +229,8 @@ def chosen_subset(labels: Sequence[str]) -> np.ndarray | None:
 def check_same(first: Classifier, other: Classifier) -> None:
     """Check that models can be evaluated on the same cells."""
     if isinstance(first, Ensemble) and isinstance(other, Ensemble):
-        first.predictors[0].check_member(other.predictors[0])
+        remedy = "models of different stores are evaluated one after the other"
+        first.predictors[0].check_alike(other.predictors[0], remedy)
     if not np.array_equal(first.side.reachability, other.side.reachability):
         raise CheckpointError(
             f"{first.side.path} and {other.side.path} have other hierarchies of the same cell types; evaluate them one "
@@ -242,4 +249,5 @@ def report(job: Job, result: Result, settings: Settings) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, told_to_end)
     command.run(main)

@@ -268,15 +268,21 @@ class Predictor:
         remedy = "evaluate it on the store it was trained on, or one made with the same lists"
         self._check_lists(f"the store {side.path}", side.gene_ids, side.labels, remedy)
 
-    def check_member(self, other: "Predictor") -> None:
-        """Check that another model has the same genes and labels, so that their probabilities can be averaged.
+    def check_alike(self, other: "Predictor", remedy: str) -> None:
+        """Check that another model has the same genes and labels, so that both can be asked about the same cells.
+
+        Parameters
+        ----------
+        other
+            The other model.
+        remedy
+            What the message says a person can do.
 
         Raises
         ------
         CheckpointError
             If it has not, naming the first difference.
         """
-        remedy = "the members of an ensemble are trained on the same store"
         self._check_lists(f"the checkpoint {other.path}", other.card.gene_ids, other.card.labels, remedy)
 
     def _check_lists(self, where: str, gene_ids: tuple[str, ...], labels: tuple[str, ...], remedy: str) -> None:
@@ -317,7 +323,7 @@ class Ensemble:
     def __init__(self, predictors: Sequence[Predictor]):
         self.predictors = list(predictors)
         for number, other in enumerate(self.predictors[1:], 1):
-            self.predictors[0].check_member(other)
+            self.predictors[0].check_alike(other, "the members of an ensemble are trained on the same store")
             if other.path.resolve() in [each.path.resolve() for each in self.predictors[:number]]:
                 raise CheckpointError(f"the checkpoint {other.path} is named twice; the members of an ensemble differ")
 
@@ -341,8 +347,10 @@ class Ensemble:
     def title(self) -> str:
         """Models and losses, for a person."""
         losses = sorted({predictor.loss for predictor in self.predictors}, reverse=True)
+        kinds = sorted({predictor.model_type for predictor in self.predictors})
         count = f"{len(self.predictors)} x " if len(self.predictors) > 1 else ""
-        return f"{count}{self.model_type}, {' and '.join(losses)}"
+        what = f"{count}{kinds[0]}" if len(kinds) == 1 else f"ensemble of {' and '.join(kinds)}"
+        return f"{what}, {' and '.join(losses)}"
 
     def predict_proba(self, x: Cells, batch_size: int = 2048) -> Float[np.ndarray, "n c"]:
         """Return the mean of the members' probabilities; arguments as of :meth:`Predictor.predict_proba`."""

@@ -16,7 +16,9 @@ from absl.testing import flagsaver
 from messages import one_line_error
 from stores import LABELS, N_GENES, N_TYPES, write_tiny_store
 
+from hce_jax import command
 from hce_jax.errors import UserError
+from hce_jax.training import fit
 
 ROOT = Path(__file__).parents[1]
 RESULTS = (
@@ -163,18 +165,27 @@ def test_a_mistake_on_evaluate_s_command_line_is_named(store_path, trained, tmp_
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("change", "says"),
     [
-        (("--config.batch_siz=1",), "no field 'batch_siz'; did you mean 'batch_size'?"),
-        (("--config.quux=1",), "no field 'quux'; configs/common.py lists the fields"),
-        (("--config.batch_size=many",), "--config.batch_size=many: invalid literal for int()"),
-        (("--config.batch_size=91",), "config.batch_size is 91, but the train split has 90 cells"),
-        (("--config.data_path=nowhere",), "/nowhere does not exist; set DATA_PATH"),
-        (("stray",), "unexpected argument 'stray'"),
+        ("--config.batch_siz=1", "no field 'batch_siz'; did you mean 'batch_size'?"),
+        ("--config.quux=1", "no field 'quux'; configs/common.py lists the fields"),
+        ("--config.batch_size=many", "--config.batch_size=many: invalid literal for int()"),
+        ("--config.batch_size=91", "config.batch_size is 91, but the train split has 90 cells"),
+        ("--config.data_path=nowhere", "nowhere does not exist; set DATA_PATH"),
     ],
 )
-def test_a_mistake_on_train_s_command_line_is_one_line_and_exit_2(store_path, arguments, says):
-    assert says in one_line_error(train(store_path.parent, *arguments, DATA_PATH=str(store_path)))
+@pytest.mark.filterwarnings("ignore:the load_module")  # ml_collections reads the file so
+def test_a_mistake_in_a_configuration_is_named(store_path, monkeypatch, change, says):
+    monkeypatch.setenv("DATA_PATH", str(store_path))
+    with pytest.raises(UserError, match=re.escape(says)):
+        fit(command.read_config(str(ROOT / "configs" / "linear_hce.py"), [change]))
+
+
+@pytest.mark.parametrize(
+    ("argument", "says"), [("stray", "unexpected argument 'stray'"), ("--config.quux=1", "'quux'")]
+)
+def test_a_mistake_on_train_s_command_line_is_one_line_and_exit_2(store_path, argument, says):
+    assert says in one_line_error(train(store_path.parent, argument, DATA_PATH=str(store_path)))
 
 
 def test_a_missing_configuration_is_named(tmp_path):

@@ -247,9 +247,10 @@ class SourceCells(Cells):
 
 def _most(name: str, counts: Mapping[str, int]) -> Iterator[str]:
     """Write the most frequent of some labels, and what the others are together."""
-    shown = list(counts.items())[:_MOST_LINES]
+    n_shown = _MOST_LINES if len(counts) > _MOST_LINES + 1 else len(counts)  # a last one is shown, not counted
+    shown = list(counts.items())[:n_shown]
     yield from (f"{name:12}{label}: {n_cells:,}" for label, n_cells in shown)
-    if rest := list(counts.values())[_MOST_LINES:]:
+    if rest := list(counts.values())[n_shown:]:
         yield f"{name:12}{len(rest):,} other labels: {sum(rest):,}"
 
 

@@ -17,7 +17,7 @@ from hce_jax.hierarchy import depths, ontology_distances, propagate
 from hce_jax.typing import Float, Int
 
 #: Names of the decoders; the first is the published one.
-DECODERS = ("argmax", "backoff", "min-distance")
+DECODERS = ("argmax", BACKOFF := "backoff", "min-distance")
 
 #: The code of no type at all.
 UNASSIGNED = -1

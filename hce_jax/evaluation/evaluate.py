@@ -1,7 +1,8 @@
 """An evaluation from end to end: cells are read once, classified by all models, counted, and the results written."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
@@ -15,8 +16,9 @@ from hce_jax.evaluation.detailed import DetailedResults
 from hce_jax.evaluation.hierarchical import coverage_curve, expected_calibration_error
 from hce_jax.evaluation.plots import calibration_plot, confusion_plot, performance_plot
 from hce_jax.evaluation.predict import Classifier, classified
-from hce_jax.evaluation.reports import RULES, Reports, make_reports, write_reports
+from hce_jax.evaluation.reports import RULES, Reports, decoder_name, make_reports, write_reports
 from hce_jax.evaluation.tally import GROUP_COLUMNS, Tally
+from hce_jax.files import written_together
 from hce_jax.store import LABEL_COLUMN, Block
 
 DETAILED_FILE = "{}_detailed_results.parquet"
@@ -75,7 +77,8 @@ class Result(NamedTuple):
 def evaluate(cells: Cells, jobs: Sequence[Job], settings: Settings) -> list[Result]:
     """Evaluate models on the same cells, which are read once, and write the files of each into its folder.
 
-    Memory does not depend on the number of cells.
+    Memory does not depend on the number of cells. The files appear together; an evaluation that ends early leaves what
+    was there before.
 
     Parameters
     ----------
@@ -104,25 +107,32 @@ def evaluate(cells: Cells, jobs: Sequence[Job], settings: Settings) -> list[Resu
     """
     if not cells.n_cells:
         raise StoreError(f"{cells.title} holds no cells, so there is nothing to report on; choose another")
-    for job in jobs:
-        job.folder.mkdir(parents=True, exist_ok=True)  # a place that cannot be written is found before the work
     decoders = Decoders(cells.side.reachability, settings.confidence)
     n_groups = {column: len(cells.lookups[column]) for column in GROUP_COLUMNS}
     tallies = [{name: Tally(cells.side.reachability, n_groups) for name in DECODERS} for _ in jobs]
-    for block, decoded in _decoded(cells, jobs, decoders, settings):
-        labels = block.column(LABEL_COLUMN)
-        groups = {column: block.column(column) for column in GROUP_COLUMNS}
-        for counts, of_decoder in zip(tallies, decoded, strict=True):
-            for name, (codes, confidence) in of_decoder.items():
-                counts[name].add(labels, codes, confidence, groups)
-
-    results = []
-    for job, counts in zip(jobs, tallies, strict=True):
-        rule = RULES[settings.split]
-        reports = make_reports(counts, settings.decoder, rule, cells.lookups, settings.subset_labels)
-        results.append(Result(counts, reports))
-        _write(job, results[-1], cells, settings)
+    with ExitStack() as stack:
+        # A place that cannot be written is found before the work; all files appear together, after it.
+        asides = [Job(job.classifier, stack.enter_context(written_together(job.folder))) for job in jobs]
+        for block, decoded in _decoded(cells, asides, decoders, settings):
+            labels = block.column(LABEL_COLUMN)
+            groups = {column: block.column(column) for column in GROUP_COLUMNS}
+            for counts, of_decoder in zip(tallies, decoded, strict=True):
+                for name, (codes, confidence) in of_decoder.items():
+                    counts[name].add(labels, codes, confidence, groups)
+        results = [Result(counts, _reports(counts, cells, settings)) for counts in tallies]
+        for aside, result in zip(asides, results, strict=True):
+            _write(aside, result, cells, settings)
+        written = [{path.name for path in aside.folder.iterdir()} for aside in asides]
+    for job, result, names in zip(jobs, results, written, strict=True):
+        _remove_older(job, result, names)
     return results
+
+
+def _reports(tallies: dict[str, Tally], cells: Cells, settings: Settings) -> Reports:
+    rule = RULES[settings.split]
+    return make_reports(
+        tallies, settings.decoder, rule, cells.lookups, settings.subset_labels, confidence=settings.confidence
+    )
 
 
 def _decoded(
@@ -147,13 +157,11 @@ def _detailed(job: Job) -> Path:
 
 
 def _write(job: Job, result: Result, cells: Cells, settings: Settings) -> None:
-    """Write tables and pictures; an older evaluation's must not lie beside the new ones."""
-    if not settings.detailed:
-        _detailed(job).unlink(missing_ok=True)
+    """Write tables and pictures."""
     name, labels = job.classifier.model_type, cells.side.labels
     reports, tally = result.reports, result.tallies[settings.decoder]
     write_reports(job.folder, name, reports)
-    by_decoder = "" if settings.decoder == DECODERS[0] else f", {settings.decoder}"
+    by_decoder = "" if settings.decoder == DECODERS[0] else f", {decoder_name(settings.decoder, settings.confidence)}"
     title = (
         f"{job.classifier.title}{by_decoder}: {{}}, {'held-out donors' if settings.split == 'id' else 'new studies'}"
     )
@@ -174,3 +182,11 @@ def _write(job: Job, result: Result, cells: Cells, settings: Settings) -> None:
         job.folder / f"{name}_calibration.png",
         title.format("confidence and accuracy"),
     )
+
+
+def _remove_older(job: Job, result: Result, written: Collection[str]) -> None:
+    """Remove what an older evaluation wrote and this one did not: it must not lie beside the new tables."""
+    for path in (_detailed(job), *(job.folder / name for name in result.reports.files(job.classifier.model_type))):
+        if path.name not in written and path.exists():
+            path.unlink()
+            print(f"{path} was of an older evaluation and is removed", file=sys.stderr)

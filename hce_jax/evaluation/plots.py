@@ -20,6 +20,7 @@ from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 
 from hce_jax.files import written_aside
 from hce_jax.hierarchy import tree_order
+from hce_jax.store.work_folder import named_in_errors
 from hce_jax.typing import Float, Int
 
 BAR_COLOUR = "#3b6fa0"
@@ -153,14 +154,15 @@ def calibration_plot(
     histogram.yaxis.set_major_formatter(EngFormatter(sep=""))
     histogram.yaxis.set_minor_locator(NullLocator())
     histogram.set_ylabel("cells", fontsize=8)
-    histogram.set_xlabel(f"confidence ({len(table)} bins; calibration error {ece:.3f})", fontsize=8)
+    error = f"calibration error {ece:.3f}" if table["cells"].any() else "no cell is assigned a type"
+    histogram.set_xlabel(f"confidence ({len(table)} bins; {error})", fontsize=8)
 
     curve.plot(coverage, accuracy, color=BAR_COLOUR, linewidth=1.5, clip_on=False)
     curve.plot(coverage[-1:], accuracy[-1:], "o", color=BAR_COLOUR, markersize=5, clip_on=False)
     curve.set(xlim=(0, 1), ylim=(max(0.0, np.floor(20 * accuracy.min(initial=1)) / 20 - 0.05), 1))
     curve.set_ylabel("accuracy", fontsize=8)
     of_all = f"{accuracy[-1]:.3f}" if len(accuracy) else "none"
-    curve.set_xlabel(f"coverage, the most confident cells first (all cells: {of_all})", fontsize=8)
+    curve.set_xlabel(f"coverage, the most confident cells first (all assigned: {of_all})", fontsize=8)
     for axes in (reliability, histogram, curve):
         axes.tick_params(labelsize=8)
         axes.grid(linewidth=0.4, color=GRID_COLOUR)
@@ -338,5 +340,5 @@ def _lines(text: str, size: int, width: float) -> list[str]:
 
 
 def _save(figure: Figure, path: str | Path) -> None:
-    with written_aside(Path(path)) as aside:
+    with named_in_errors(Path(path)), written_aside(Path(path)) as aside:
         figure.savefig(aside, dpi=DOTS_PER_INCH)

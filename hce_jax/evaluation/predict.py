@@ -77,7 +77,12 @@ def classified(cells: Cells, classifiers: Sequence[Classifier], batch_size: int 
     classifiers
         All of them see each batch, which is read once.
     batch_size
-        Cells of a batch, which are computed together.
+        Cells that are computed together, at most.
+
+    Yields
+    ------
+    Classified
+        Some whole blocks of the cells.
 
     Examples
     --------
@@ -86,12 +91,14 @@ def classified(cells: Cells, classifiers: Sequence[Classifier], batch_size: int 
     """
     slots = nullcontext() if all(each.reads_sparse for each in classifiers) else threading.Semaphore(_DENSE_BATCHES)
 
-    def classify(blocks: Sequence[tuple[int, slice]]) -> Classified:
-        pieces = [cells.read_block(index).slice(part.start, part.stop) for index, part in blocks]
-        block = Block.concatenate(pieces)
+    def classify(blocks: range) -> Classified:
+        block = Block.concatenate([cells.read_block(index) for index in blocks])
+        parts = [block.slice(start, min(start + batch_size, len(block))) for start in range(0, len(block), batch_size)]
         with slots:
-            expression = Expression(block)
-            return Classified(block, [each.predict_block(expression) for each in classifiers])
+            expressions = [Expression(part) for part in parts]
+            return Classified(
+                block, [np.concatenate([each.predict_block(part) for part in expressions]) for each in classifiers]
+            )
 
     with (
         CellBar(cells.title, int(cells.block_sizes.sum())) as bar,
@@ -114,20 +121,16 @@ def classified(cells: Cells, classifiers: Sequence[Classifier], batch_size: int 
             pool.shutdown(cancel_futures=True)
 
 
-def _batches(block_sizes: np.ndarray, batch_size: int) -> Iterator[list[tuple[int, slice]]]:
-    """Cut blocks into batches: as many whole blocks as fit, or a part of one that is larger than a batch."""
-    batch: list[tuple[int, slice]] = []
-    n_cells = 0
+def _batches(block_sizes: np.ndarray, batch_size: int) -> Iterator[range]:
+    """Take as many blocks together as make up a batch, or one that is larger."""
+    first, n_cells = 0, 0
     for index, size in enumerate(block_sizes.tolist()):
-        for start in range(0, size, batch_size):
-            stop = min(start + batch_size, size)
-            if n_cells + stop - start > batch_size:
-                yield batch
-                batch, n_cells = [], 0
-            batch.append((index, slice(start, stop)))
-            n_cells += stop - start
-    if batch:
-        yield batch
+        if n_cells and n_cells + size > batch_size:
+            yield range(first, index)
+            first, n_cells = index, 0
+        n_cells += size
+    if n_cells:
+        yield range(first, len(block_sizes))
 
 
 def predict(

@@ -12,10 +12,12 @@ import numpy as np
 import pandas as pd
 
 from hce_jax.errors import StoreError, UserError
+from hce_jax.evaluation.decoders import BACKOFF
 from hce_jax.evaluation.hierarchical import calibration_table, decoder_scores, stratified_table
 from hce_jax.evaluation.tally import Tally
 from hce_jax.files import written_aside
 from hce_jax.metrics import classification_report_frames, f1_from_counts
+from hce_jax.store.work_folder import named_in_errors
 from hce_jax.typing import Int
 
 #: Codes of the 80 shared cell types over which the published evaluation of the held-out donors averages once more
@@ -78,7 +80,8 @@ class Reports(NamedTuple):
     strata
         For each of the :data:`STRATA` one row per group.
     decoders
-        One row per decoder, every number of :func:`hce_jax.evaluation.hierarchical.decoder_scores`.
+        One row per decoder: the ``confidence`` that it asked for, if it does, and every number of
+        :func:`hce_jax.evaluation.hierarchical.decoder_scores`.
     calibration
         Of :func:`hce_jax.evaluation.hierarchical.calibration_table`.
     """
@@ -106,6 +109,8 @@ def make_reports(
     rule: Rule,
     lookups: Mapping[str, Sequence[str]],
     subset_labels: Int[np.ndarray, " k"] | None = None,
+    *,
+    confidence: float,
 ) -> Reports:
     """Make the tables of what was counted. A prediction that is a descendant of the cell's label counts as the label.
 
@@ -122,6 +127,8 @@ def make_reports(
     subset_labels
         Codes to average over in the subset table; they need not occur. :func:`published_subset` gives those of the
         published store, :func:`read_subset` those of a file.
+    confidence
+        What back-off asked for, which the table of the decoders says.
 
     Raises
     ------
@@ -134,7 +141,8 @@ def make_reports(
     >>> tally = Tally(np.array([[1, 1], [0, 1]]), dict.fromkeys(GROUP_COLUMNS, 1))  # type 1 is a kind of type 0
     >>> one = dict.fromkeys(GROUP_COLUMNS, np.zeros(2, int))
     >>> tally.add(np.array([0, 1]), np.array([1, 1]), np.array([0.9, 0.8]), one)
-    >>> reports = make_reports({"argmax": tally}, "argmax", RULES["ood"], dict.fromkeys(GROUP_COLUMNS, ["blood"]))
+    >>> lookups = dict.fromkeys(GROUP_COLUMNS, ["blood"])
+    >>> reports = make_reports({"argmax": tally}, "argmax", RULES["ood"], lookups, confidence=0.5)
     >>> float(reports.overall.loc["accuracy", "f1-score"])
     1.0
     """
@@ -151,7 +159,8 @@ def make_reports(
     subset = None
     if subset_labels is not None:
         subset, _ = classification_report_frames(labels, predictions, subset_labels, n_cells)
-    scores = {name: _scores(each, rule) for name, each in tallies.items()}
+    asked_for = {name: {"confidence": confidence if name == BACKOFF else np.nan} for name in tallies}
+    scores = {name: asked_for[name] | _scores(each, rule) for name, each in tallies.items()}
     return Reports(
         overall=overall,
         per_type=per_type,
@@ -173,7 +182,7 @@ def write_reports(folder: str | Path, model_type: str, reports: Reports) -> None
     Parameters
     ----------
     folder
-        Where the files go; made if it is not there. A subset table of an older evaluation is removed if there is none.
+        Where the files go; made if it is not there.
     model_type
         The beginning of the files' names.
     reports
@@ -185,11 +194,8 @@ def write_reports(folder: str | Path, model_type: str, reports: Reports) -> None
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
     for name, table in reports.files(model_type).items():
-        path = Path(folder) / name
-        if table is None:
-            path.unlink(missing_ok=True)
-        else:
-            with written_aside(path) as aside:
+        if table is not None:
+            with named_in_errors(Path(folder) / name) as path, written_aside(path) as aside:
                 table.to_csv(aside, index=table is not reports.calibration)
 
 
@@ -243,6 +249,17 @@ def overall_table(tally: Tally) -> str:
     )
 
 
+def decoder_name(decoder: str, confidence: float) -> str:
+    """Name a decoder for a person, with the confidence that it asks for.
+
+    Examples
+    --------
+    >>> decoder_name("backoff", 0.9), decoder_name("argmax", 0.9)
+    ('backoff 0.9', 'argmax')
+    """
+    return f"{decoder} {confidence:g}" if decoder == BACKOFF else decoder
+
+
 def decoder_table(decoders: pd.DataFrame) -> str:
     """Lay out the comparison of the decoders for a terminal.
 
@@ -262,9 +279,11 @@ def decoder_table(decoders: pd.DataFrame) -> str:
     ]
     for name, row in decoders.iterrows():
         interval = "" if np.isnan(row["f1_macro_low"]) else f" ({row['f1_macro_low']:.4f}-{row['f1_macro_high']:.4f})"
+        what = decoder_name(str(name), row["confidence"])
         lines.append(
-            f"{name!s:13}{f'{row.f1_macro:.4f}{interval}':24}{row['accuracy']:>9.4f}{row['hierarchical_f1']:>9.4f}"
-            f"{row['ontology_distance']:>9.3f}{row['ece']:>7.3f}   " + "/".join(f"{row[share]:.3f}" for share in shares)
+            f"{what:13}{f'{row.f1_macro:.4f}{interval}':24}{row['accuracy']:>9.4f}"
+            f"{row['hierarchical_f1']:>9.4f}{row['ontology_distance']:>9.3f}{row['ece']:>7.3f}   "
+            + "/".join(f"{row[share]:.3f}" for share in shares)
         )
     return "\n".join(lines)
 

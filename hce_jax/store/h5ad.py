@@ -313,7 +313,7 @@ class _File:
             modern = _modernized(path) if isinstance(file["obs"], h5py.Dataset) else None
         with _opened(path, modern) as file:
             matrices = matrices_of(file)
-            counts, choice = columns.counts or "X", ""
+            counts, choice = (columns.counts or "X").removeprefix("layers/"), ""
             if columns.counts is None and matrices:
                 counts, choice = find_raw_counts(path.name, file, matrices)
             if counts not in matrices:
@@ -439,11 +439,11 @@ class _File:
 
     def _checked(self, part: sparse.csr_array) -> sparse.csr_array:
         part = part.astype(np.float32, copy=False)
-        n_bad = np.count_nonzero(~(part.data >= 0) | np.isinf(part.data))
-        if n_bad:
+        bad = ~(part.data >= 0) | np.isinf(part.data)
+        if bad.any():
             raise SourceError(
-                f"{self.name}: {n_bad:,} of {part.nnz:,} values read from {self.counts} are negative or not finite, so "
-                f"they are normalised or scaled; raw counts are needed{self._elsewhere}"
+                f"{self.name}: {np.count_nonzero(bad):,} of {part.nnz:,} values read from {self.counts} are negative "
+                f"or not finite (first: {part.data[bad][0]:g}); raw counts are needed{self._elsewhere}"
             )
         if not self._told.is_set() and (part.data != np.rint(part.data)).any():
             self._told.set()

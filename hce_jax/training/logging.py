@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import json
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -63,7 +62,8 @@ class ScalarWriter:
     """
 
     def __init__(self, folder: Path, purge_step: int | None = None):
-        self._events = EventsWriter(str(folder / "events"), f".{os.getpid()}")
+        # tensorboardX's own name holds the second: a run that goes on within one would write over its points.
+        self._events = EventsWriter(str(folder / "events"), f".{time.time_ns()}")
         self._flushed_at = time.monotonic()
         if purge_step is not None:
             start = SessionLog(status=SessionLog.START)

@@ -1,10 +1,12 @@
+import errno
+
 import numpy as np
 import pandas as pd
 import pytest
 from coded_cells import label_of
 from evaluated import REACHABILITY, CodedCells, CodedClassifier, probabilities_of
 
-from hce_jax.errors import StoreError
+from hce_jax.errors import ConfigError, StoreError
 from hce_jax.evaluation.decoders import Decoders
 from hce_jax.evaluation.evaluate import Job, Settings, evaluate
 
@@ -53,15 +55,52 @@ def test_files_are_about_the_decoder_that_was_asked_for(tmp_path, decoder):
     np.testing.assert_allclose(result.reports.overall, written, rtol=1e-12)
 
 
-def test_probabilities_of_an_older_evaluation_do_not_lie_beside_the_new_tables(tmp_path):
-    for detailed in (True, False):
-        evaluate(CodedCells([30]), [Job(CodedClassifier(), tmp_path)], Settings("id", detailed=detailed))
-        assert (tmp_path / "coded_detailed_results.parquet").exists() is detailed
+def test_what_an_older_evaluation_wrote_and_this_one_did_not_is_removed_and_said(tmp_path, capsys):
+    subset = np.array([0, 2])
+    evaluate(CodedCells([30]), [Job(CodedClassifier(), tmp_path)], Settings("id", detailed=True, subset_labels=subset))
+    first = names(tmp_path)
+    assert {"coded_detailed_results.parquet", "coded_subset_metrics.csv"} < {*first}
+    assert not capsys.readouterr().err
+    (tmp_path / "coded_notes.txt").write_text("mine")
+    evaluate(CodedCells([30]), [Job(CodedClassifier(), tmp_path)], Settings("id"))
+    gone = {"coded_detailed_results.parquet", "coded_subset_metrics.csv"}
+    assert set(names(tmp_path)) == {*first, "coded_notes.txt"} - gone
+    said = capsys.readouterr().err
+    assert all(f"{name} was of an older evaluation and is removed" in said for name in gone)
 
 
-def test_a_failure_leaves_no_half_file_and_no_new_table(tmp_path):
+def test_a_failure_leaves_no_file_and_no_folder_of_its_own(tmp_path):
+    cells = CodedCells([10] * 6, damaged=4)
     with pytest.raises(StoreError, match="block 4 is damaged"):
-        evaluate(CodedCells([10] * 6, damaged=4), [Job(CodedClassifier(), tmp_path)], Settings("ood", detailed=True))
+        evaluate(cells, [Job(CodedClassifier(), tmp_path / "new")], Settings("ood", detailed=True))
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("writer", ["pandas.DataFrame.to_csv", "matplotlib.figure.Figure.savefig"])
+def test_a_disk_that_is_full_at_the_end_is_one_line_and_the_older_results_stay(tmp_path, monkeypatch, writer):
+    jobs = [Job(CodedClassifier(shift), tmp_path / str(shift)) for shift in (0, 1)]
+    evaluate(CodedCells([30]), jobs, Settings("ood", detailed=True))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
+    assert len(before) == 2 * (len(FILES) + 1)
+    written = []
+
+    def full(self, path, *arguments, **named):
+        written.append(path)
+        if len(written) > 3:
+            raise OSError(errno.ENOSPC, "no room")
+        path.write_text("begun")
+
+    monkeypatch.setattr(writer, full)
+    with pytest.raises(StoreError, match=r"cannot use .*coded_.*: No space left on device"):
+        evaluate(CodedCells([30]), jobs, Settings("ood", decoder="backoff"))
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == before
+
+
+def test_confidence_out_of_range_is_found_before_anything_is_read(tmp_path):
+    cells = CodedCells([10])
+    with pytest.raises(ConfigError, match="--confidence"):
+        evaluate(cells, [Job(CodedClassifier(), tmp_path / "new")], Settings("id", confidence=2.0))
+    assert not cells.reads
     assert names(tmp_path) == []
 
 

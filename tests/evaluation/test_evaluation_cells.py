@@ -204,10 +204,10 @@ def test_a_report_says_which_cells_these_are():
 
 
 def test_a_report_is_short_whatever_the_cells_are_called(monkeypatch):
-    monkeypatch.setattr(cells_module, "_MOST_LINES", 2)
+    monkeypatch.setattr(cells_module, "_MOST_LINES", 1)
     report = choose().report().splitlines()
-    assert report[3] == "taken as    1 other labels: 7"
-    assert report[6] == "left out    1 other labels: 6"
+    assert report[2] == "taken as    2 other labels: 14"
+    assert report[4] == "left out    2 other labels: 12"
 
 
 # --- nothing to evaluate on -------------------------------------------------------------------------------------------

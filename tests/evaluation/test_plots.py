@@ -111,7 +111,7 @@ def test_calibration_shows_the_numbers_of_its_bins(drawn, tmp_path):
     ]
     assert "calibration error 0.175" in histogram.get_xlabel()
     assert curve.lines[0].get_xydata().tolist() == [[0.3, 0.95], [0.8, 0.61], [1.0, 0.585]]
-    assert "all cells: 0.585" in curve.get_xlabel()
+    assert "all assigned: 0.585" in curve.get_xlabel()
     assert curve.get_ylim()[0] < 0.585
 
 
@@ -129,7 +129,7 @@ def test_calibration_of_few_and_many_cells_stays_in_the_picture(n_cells, drawn, 
 def test_calibration_without_predictions_is_empty(drawn, tmp_path):
     none = np.empty(0)
     calibration_plot(bins([0], [np.nan], [np.nan]), none, none, np.nan, tmp_path / "calibration.png", "title")
-    assert "all cells: none" in drawn[0].axes[2].get_xlabel()
+    assert "all assigned: none" in drawn[0].axes[2].get_xlabel()
 
 
 def test_confusion_has_labels_in_rows_and_all_that_occurs_in_columns(drawn, tmp_path):

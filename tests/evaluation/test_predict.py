@@ -16,20 +16,22 @@ def numbers(batch):
 
 
 @pytest.mark.parametrize(
-    ("block_sizes", "batch_size", "batches"),
+    ("block_sizes", "batch_size", "together", "computed"),
     [
-        ([4, 4, 4], 8, [8, 4]),
-        ([4, 4, 4], 7, [4, 4, 4]),
-        ([10, 3, 1], 4, [4, 4, 2, 4]),
-        ([5], 1, [1] * 5),
-        ([1] * 40, 100, [40]),
-        ([8, 1], 8, [8, 1]),  # a last batch of a single cell
+        ([4, 4, 4], 8, [8, 4], [8, 4]),
+        ([4, 4, 4], 7, [4, 4, 4], [4, 4, 4]),
+        ([10, 3, 1], 4, [10, 4], [4, 4, 2, 4]),
+        ([5], 1, [5], [1] * 5),
+        ([1] * 40, 100, [40], [40]),
+        ([8, 1], 8, [8, 1], [8, 1]),  # a last batch of a single cell
     ],
 )
-def test_every_cell_comes_once_and_in_order_whatever_the_batches(block_sizes, batch_size, batches):
+def test_every_cell_comes_once_and_in_order_whatever_the_batches(block_sizes, batch_size, together, computed):
     cells, classifier = CodedCells(block_sizes), CodedClassifier()
     found = list(classified(cells, [classifier], batch_size))
-    assert [len(batch.block) for batch in found] == batches
+    assert [len(batch.block) for batch in found] == together
+    assert sorted(classifier.batches) == sorted(computed)
+    assert sorted(cells.reads) == list(range(len(block_sizes)))
     np.testing.assert_array_equal(np.concatenate([numbers(batch) for batch in found]), np.arange(sum(block_sizes)))
     for batch in found:
         np.testing.assert_array_equal(batch.block.column("cell_type"), label_of(numbers(batch)))

@@ -36,7 +36,7 @@ def counted(targets, predictions, reachability=REACHABILITY, groups=None):
 
 
 def reports_of(tally, split="id", subset=None):
-    return make_reports({"argmax": tally}, "argmax", RULES[split], LOOKUPS, subset)
+    return make_reports({"argmax": tally}, "argmax", RULES[split], LOOKUPS, subset, confidence=0.5)
 
 
 @pytest.mark.golden("eval_report")
@@ -137,7 +137,7 @@ def test_interval_is_over_donors_on_held_out_donors_and_over_studies_on_new_stud
     rng = np.random.default_rng(1)
     targets, predictions, groups = rng.integers(0, 3, 200), rng.integers(0, 3, 200), rng.integers(0, 3, 200)
     tally = counted(targets, predictions, groups=groups)
-    tally.groups["donor_id"][0] *= 5  # so that the two differ
+    tally.groups["donor_id"][0] *= 0  # so that the two differ
     for split, column in (("id", "donor_id"), ("ood", "dataset_id")):
         row = reports_of(tally, split).decoders.loc["argmax"]
         expected = bootstrap_f1_macro(tally.groups[column], labelled_only=split == "ood")
@@ -158,10 +158,13 @@ def test_subset_of_types_without_cells_is_all_zero():
     assert not reports.subset.to_numpy().any()
 
 
-def test_subset_table_of_an_older_evaluation_does_not_stay(tmp_path):
-    for subset in (np.array([2]), None):
-        write_reports(tmp_path, "linear", reports_of(counted(TARGETS, PREDICTIONS), subset=subset))
-        assert (tmp_path / "linear_subset_metrics.csv").exists() is (subset is not None)
+def test_the_comparison_says_what_back_off_asked_for():
+    tallies = dict.fromkeys(("argmax", "backoff"), counted(TARGETS, PREDICTIONS))
+    decoders = make_reports(tallies, "argmax", RULES["id"], LOOKUPS, confidence=0.9).decoders
+    assert decoders.columns[0] == "confidence"
+    assert decoders.loc["backoff", "confidence"] == 0.9
+    assert np.isnan(decoders.loc["argmax", "confidence"])
+    assert [line.split("  ")[0] for line in decoder_table(decoders).splitlines()[1:]] == ["argmax", "backoff 0.9"]
 
 
 def test_subset_file_names_types_by_label_or_code(tmp_path):

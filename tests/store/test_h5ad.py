@@ -326,8 +326,8 @@ def test_negative_and_non_finite_values_are_an_error_that_names_the_other_matric
     adata.write_h5ad(tmp_path / "cells.h5ad")
     source = H5adSource.open(tmp_path / "cells.h5ad", H5adColumns(counts="X"))
     n_values = adata.X.nnz
-    expected = f"cells.h5ad: 2 of {n_values} values read from X are negative or not finite, so they are normalised or "
-    expected += "scaled; raw counts are needed; name another matrix (--counts): it has counts"
+    expected = f"cells.h5ad: 2 of {n_values} values read from X are negative or not finite (first: {value:g}); raw "
+    expected += "counts are needed; name another matrix (--counts): it has counts"
     with pytest.raises(SourceError, match=re.escape(expected)):
         counts(source, range(6))
     assert (counts(source, [1]) == counts_of([1], range(N_GENES))).all()  # the bad ones lie in other cells

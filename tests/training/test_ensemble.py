@@ -11,6 +11,7 @@ from benchmarks.faults import models_of, result_of, saves_of
 from configs import linear_ce, mlp_ce, tabnet_ce
 from hce_jax.checkpoint import load_model
 from hce_jax.errors import CheckpointError, ConfigError
+from hce_jax.predictor import Ensemble
 from hce_jax.runs import read_config
 from hce_jax.training import fit
 from hce_jax.training.config import member_configs
