@@ -14,6 +14,7 @@ simulated atlas, or else what the Census of 2023-12-15 has beyond that of 2023-0
 
 import os
 import signal
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -151,6 +152,8 @@ def choose_cells(first: Classifier) -> Cells:
         held_out = StoreCells(open_store(store_of(first)).split("test"))
         if isinstance(first, Ensemble):
             first.predictors[0].check_store(held_out.side)
+        if not np.array_equal(first.side.reachability, held_out.side.reachability):
+            print(f"{first.side.path} was trained with another hierarchy; the store's counts here", file=sys.stderr)
         return held_out
     if FLAGS.ood_data:
         files = FLAGS.ood_data

@@ -164,6 +164,28 @@ def test_a_mistake_on_evaluate_s_command_line_is_named(store_path, trained, tmp_
             evaluate.main()
 
 
+def test_the_store_s_hierarchy_counts_and_another_one_of_the_checkpoint_is_said(
+    store_path, trained, tmp_path, monkeypatch, capsys
+):
+    import evaluate
+
+    monkeypatch.chdir(tmp_path)
+    (checkpoint,) = (store_path / "tb_logs").glob("*/default/version_0/checkpoints/*.ckpt")
+    shutil.copytree(store_path, tmp_path / "flat", ignore=shutil.ignore_patterns("tb_logs"))
+    np.save(tmp_path / "flat" / "cell_type_hierarchy" / "child_matrix.npy", np.eye(N_TYPES))
+    accuracy = {}
+    for store in (store_path, tmp_path / "flat"):
+        with flagsaver.flagsaver():
+            arguments = [f"--checkpoint={checkpoint}", f"--data_path={store}", f"--output_dir={store.name}"]
+            evaluate.FLAGS(["evaluate.py", "--split=id", *arguments])
+            evaluate.main()
+        assert ("trained with another hierarchy" in capsys.readouterr().err) is (store.name == "flat")
+        table = pd.read_csv(Path(store.name) / "linear_hierarchical_metrics.csv", index_col="decoder")
+        accuracy[store.name] = table.loc["argmax", "accuracy"]
+        assert (table.loc["argmax", "descendant"] > 0) == (store.name != "flat")
+    assert accuracy["flat"] < accuracy["store"]
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
