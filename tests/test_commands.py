@@ -17,7 +17,7 @@ from messages import one_line_error
 from stores import LABELS, N_GENES, N_TYPES, write_tiny_store
 
 from hce_jax import command
-from hce_jax.errors import UserError
+from hce_jax.errors import CheckpointError, UserError
 from hce_jax.training import fit
 
 ROOT = Path(__file__).parents[1]
@@ -42,6 +42,22 @@ def run(cwd, script, *arguments, **environment):
 
 def train(cwd, *arguments, config="linear_hce", **environment):
     return run(cwd, "train.py", "--config", str(ROOT / "configs" / f"{config}.py"), *arguments, **environment)
+
+
+@pytest.fixture
+def evaluated(tmp_path, monkeypatch, capsys):
+    """evaluate.py in this process, in a folder of its own: give its arguments and DATA_PATH, get what it prints."""
+    import evaluate  # its flags are defined for the whole process
+
+    def run(*arguments, data_path=""):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("DATA_PATH", str(data_path))
+        with flagsaver.flagsaver():
+            evaluate.FLAGS(["evaluate.py", *arguments])
+            evaluate.main()
+        return capsys.readouterr()
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -77,11 +93,10 @@ def test_evaluation_takes_the_newest_run_and_writes_the_metric_files_beside_it(s
     assert re.search(r"test +macro F1 ([\d.]+)", trained)[1] == f"{overall.loc['macro avg', 'f1-score']:.4f}"
 
 
-def test_evaluation_of_a_named_checkpoint_into_a_named_folder_with_a_subset(store_path, trained, tmp_path):
+def test_evaluation_of_a_named_checkpoint_into_a_named_folder_with_a_subset(store_path, trained, tmp_path, evaluated):
     (checkpoint,) = (store_path / "tb_logs").glob("*/default/version_0/checkpoints/*.ckpt")
     (tmp_path / "subset.txt").write_text(f"{LABELS[1]}\n4\n")
-    done = run(tmp_path, "evaluate.py", f"--checkpoint={checkpoint}", "--output_dir=out", "--subset_labels=subset.txt")
-    assert done.returncode == 0, done.stderr
+    evaluated(f"--checkpoint={checkpoint}", "--output_dir=out", "--subset_labels=subset.txt")
     table = pd.read_csv(tmp_path / "out" / "linear_per_class_metrics.csv", index_col=0)
     subset = pd.read_csv(tmp_path / "out" / "linear_subset_metrics.csv", index_col=0)
     assert subset.loc["macro avg", "f1-score"] == pytest.approx(table.loc[[1, 4], "f1-score"].mean())
@@ -120,13 +135,12 @@ def test_new_studies_are_read_once_for_every_checkpoint_of_a_list(store_path, tr
     assert done.stdout.count("macro, labelled types") == 2
 
 
-def test_several_results_go_into_folders_of_a_named_one(store_path, trained, tmp_path):
+def test_several_results_go_into_folders_of_a_named_one(store_path, trained, tmp_path, evaluated):
     (checkpoint,) = (store_path / "tb_logs").glob("*/default/version_0/checkpoints/*.ckpt")
     for version in (0, 1):
         shutil.copytree(checkpoint, tmp_path / "runs" / f"version_{version}" / "checkpoints" / checkpoint.name)
     arguments = ("--checkpoint_list=runs", "--output_dir=out", "--decoder=backoff", "--confidence=0.9")
-    done = run(tmp_path, "evaluate.py", *arguments, DATA_PATH=str(store_path))
-    assert done.returncode == 0, done.stderr
+    evaluated(*arguments, data_path=store_path)
     folders = {path.parent.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*_overall_metrics.csv")}
     name = checkpoint.name.removesuffix(".ckpt")
     assert folders == {f"out/version_{version}/sctab_test/{name}" for version in (0, 1)}
@@ -151,36 +165,24 @@ def test_several_results_go_into_folders_of_a_named_one(store_path, trained, tmp
         (("--checkpoint_list=absent.txt",), "absent.txt does not exist"),
     ],
 )
-def test_a_mistake_on_evaluate_s_command_line_is_named(store_path, trained, tmp_path, monkeypatch, arguments, says):
-    import evaluate  # its flags are defined for the whole process
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("DATA_PATH", str(store_path))
+def test_a_mistake_on_evaluate_s_command_line_is_named(store_path, trained, tmp_path, evaluated, arguments, says):
     write_study(tmp_path / "study.h5ad", ["T cell"])
     write_study(tmp_path / "strange.h5ad", ["neuron"])
-    with flagsaver.flagsaver():
-        evaluate.FLAGS(["evaluate.py", *arguments])
-        with pytest.raises(UserError, match=re.escape(says)):
-            evaluate.main()
+    with pytest.raises(UserError, match=re.escape(says)):
+        evaluated(*arguments, data_path=store_path)
 
 
 def test_the_store_s_hierarchy_counts_and_another_one_of_the_checkpoint_is_said(
-    store_path, trained, tmp_path, monkeypatch, capsys
+    store_path, trained, tmp_path, evaluated
 ):
-    import evaluate
-
-    monkeypatch.chdir(tmp_path)
     (checkpoint,) = (store_path / "tb_logs").glob("*/default/version_0/checkpoints/*.ckpt")
     shutil.copytree(store_path, tmp_path / "flat", ignore=shutil.ignore_patterns("tb_logs"))
     np.save(tmp_path / "flat" / "cell_type_hierarchy" / "child_matrix.npy", np.eye(N_TYPES))
     accuracy = {}
     for store in (store_path, tmp_path / "flat"):
-        with flagsaver.flagsaver():
-            arguments = [f"--checkpoint={checkpoint}", f"--data_path={store}", f"--output_dir={store.name}"]
-            evaluate.FLAGS(["evaluate.py", "--split=id", *arguments])
-            evaluate.main()
-        assert ("trained with another hierarchy" in capsys.readouterr().err) is (store.name == "flat")
-        table = pd.read_csv(Path(store.name) / "linear_hierarchical_metrics.csv", index_col="decoder")
+        said = evaluated(f"--checkpoint={checkpoint}", f"--data_path={store}", f"--output_dir={store.name}").err
+        assert ("trained with another hierarchy" in said) is (store.name == "flat")
+        table = pd.read_csv(tmp_path / store.name / "linear_hierarchical_metrics.csv", index_col="decoder")
         accuracy[store.name] = table.loc["argmax", "accuracy"]
         assert (table.loc["argmax", "descendant"] > 0) == (store.name != "flat")
     assert accuracy["flat"] < accuracy["store"]
@@ -227,14 +229,19 @@ def test_a_damaged_part_found_in_mid_epoch_is_one_line_and_exit_2(tmp_path):
     assert "train/part.0.parquet is damaged: row group" in says
 
 
-def test_evaluation_without_a_run_or_on_a_foreign_store_is_one_line_and_exit_2(store_path, trained, tmp_path):
+def test_evaluation_without_a_run_is_one_line_and_exit_2(tmp_path):
     other = write_tiny_store(tmp_path / "other")
     assert "no trained run under" in one_line_error(run(tmp_path, "evaluate.py", DATA_PATH=str(other)))
+
+
+def test_evaluation_on_a_foreign_store_names_the_first_difference(store_path, trained, tmp_path, evaluated):
+    other = write_tiny_store(tmp_path / "other")
     lookup = other / "categorical_lookup" / "cell_type.parquet"
     pd.DataFrame({"label": [f"type {i}" for i in range(N_TYPES)]}).to_parquet(lookup)
     checkpoint = store_path / "tb_logs" / "linear_hierarchical_loss" / "default" / "version_0"
-    foreign = one_line_error(run(tmp_path, "evaluate.py", f"--run={checkpoint}", f"--data_path={other}"))
-    assert "list other cell types: number 0 is 'leukocyte' in the one and 'type 0' in the other" in foreign
+    says = "list other cell types: number 0 is 'leukocyte' in the one and 'type 0' in the other"
+    with pytest.raises(CheckpointError, match=says):
+        evaluated(f"--run={checkpoint}", f"--data_path={other}")
 
 
 def test_help_is_shown_with_exit_0(tmp_path):

@@ -100,7 +100,8 @@ def test_what_a_model_cannot_do_is_said(trained):
 @pytest.mark.parametrize("module", [mlp_ce, tabnet_ce])
 def test_dropout_and_augmentation_follow_the_seed(store_path, tmp_path, module):
     def weights(**changes):
-        result = fit(small(module, store_path, log_dir=str(tmp_path), max_epochs=1, **changes))
+        shape = {"n_steps": 1} if module is tabnet_ce else {"n_hidden": 1}
+        result = fit(small(module, store_path, log_dir=str(tmp_path), max_epochs=1, **shape, **changes))
         return [np.asarray(leaf) for leaf in jax.tree.leaves(load_model(result.checkpoint).params)]
 
     base, same, plain = weights(), weights(), weights(augment_training_data=False)
@@ -145,7 +146,7 @@ def test_a_bad_hyper_parameter_is_named_before_a_run_folder_is_made(store_path, 
 
 def test_a_ghost_batch_larger_than_the_batch_is_one_ghost_batch(store_path, tmp_path):
     results = [
-        fit(small(tabnet_ce, store_path, log_dir=str(tmp_path), max_epochs=1, virtual_batch_size=size))
+        fit(small(tabnet_ce, store_path, log_dir=str(tmp_path), max_epochs=1, virtual_batch_size=size, n_steps=1))
         for size in (30, 4096)
     ]
     first, second = (load_model(result.checkpoint).predict_proba(expression(CELLS)) for result in results)
