@@ -16,7 +16,7 @@ from hce_jax.evaluation.decoders import BACKOFF
 from hce_jax.evaluation.hierarchical import calibration_table, decoder_scores, stratified_table
 from hce_jax.evaluation.tally import Tally
 from hce_jax.files import written_aside
-from hce_jax.metrics import classification_report_frames, f1_from_counts
+from hce_jax.metrics import classification_report_frames, f1_from_counts, types_present
 from hce_jax.store.work_folder import named_in_errors
 from hce_jax.typing import Int
 
@@ -151,7 +151,7 @@ def make_reports(
         raise StoreError("there is no cell to report on; choose another split, or other cells")
     labels, predictions = np.nonzero(tally.corrected)
     n_cells = tally.corrected[labels, predictions]
-    types = np.unique(labels)
+    types = types_present(labels)
     if not rule.labelled_only:
         types = np.union1d(types, predictions)
         types = types[types < len(tally.confusion)]  # the column behind the types: unassigned

@@ -60,3 +60,11 @@ def test_cells_are_matched_by_pairs_of_label_and_id():
     assert matcher.codes(obs).tolist() == [0, 0, 1, 2]
     assert matcher.codes(obs[["cell_type"]]).tolist() == [-1, 0, -1, 0]
     assert matcher.codes(obs[:0]).tolist() == []
+
+
+def test_types_that_the_release_takes_for_the_same_are_found_by_their_own_labels_only():
+    matcher = TypeMatcher(("T cell", "T lymphocyte", "B cell"), None, ONTOLOGY)
+    assert matcher.by_text == ("T cell", "T lymphocyte")
+    assert [matcher.match(label, None) for label in ("T cell", "T lymphocyte", "old T cell")] == [0, 1, -1]
+    assert matcher.match("helper", "CL:0000001") == -1
+    assert matcher.match("helper", "CL:0000002") == 2
