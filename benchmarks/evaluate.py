@@ -40,7 +40,7 @@ from hce_jax.evaluation.predict import classified
 from hce_jax.evaluation.reports import RULES, make_reports
 from hce_jax.evaluation.tally import GROUP_COLUMNS, Tally
 from hce_jax.hierarchy import reachability_from_edges
-from hce_jax.models import build_model
+from hce_jax.models import build_model, split_model
 from hce_jax.predictor import ModelCard, Predictor
 from hce_jax.store import Split, open_store
 from hce_jax.typing import resolve_precision
@@ -125,7 +125,7 @@ def predictor_of(model_type: str, split: Split) -> Predictor:
     model = build_model(config, side.n_genes, side.n_types, nnx.Rngs(0), precision=precision)
     loss = {"use_hierarchical_loss": True, "epsilon": 1e-6}
     card = ModelCard(config, side.gene_ids, side.gene_names, side.labels, None, None, "", loss, "", 0, 0, {})
-    return Predictor(Path(model_type), card, side.reachability, *nnx.split(model, nnx.Param, ...))
+    return Predictor(Path(model_type), card, side.reachability, *split_model(model))
 
 
 def measure_prediction(args: argparse.Namespace, folder: Path) -> None:

@@ -11,12 +11,11 @@ bytes of memory by XLA's own account, and the peak rates of two systems, this gi
 """
 
 import argparse
-import math
 import os
-import re
 from typing import Any, NamedTuple
 from unittest import mock
 
+import hlo
 import numpy as np
 from step import HYPER_PARAMETERS, MODELS, OPTIMIZER
 
@@ -33,11 +32,10 @@ CELLS_PER_CORE = 95_000
 EXPRESSED = (0.1133, 0.3621)
 #: Assumed: augmentation vectors of a store (their memory only).
 N_VECTORS = 1000
-_COLLECTIVE = re.compile(
-    r'= ([^"]*?) (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute|collective-broadcast'
-    r"|ragged-all-to-all)(?:-start)?\("
-)
-_CALLED = re.compile(r"\b(?:to_apply|calls|body|condition|branch_computations)=\{?((?:%[\w.\-]+(?:, )?)+)")
+_COLLECTIVES = (
+    "all-reduce", "all-gather", "all-to-all", "reduce-scatter", "collective-permute", "collective-broadcast",
+    "ragged-all-to-all",
+)  # fmt: skip
 
 
 class System(NamedTuple):
@@ -88,30 +86,23 @@ class Program:
 Step = tuple[Program, int, int]
 
 
-def collectives(hlo: str) -> list[Collective]:
+def collectives(text: str) -> list[Collective]:
     """Read the collectives out of the text of a compiled program; of an asynchronous one its start is counted."""
-    lines: dict[str, list[str]] = {}
-    for line in hlo.splitlines():
-        if opening := re.match(r"(?:ENTRY )?%?([\w.\-]+) .*\{$", line):
-            body = lines[opening[1]] = []
-        elif line.startswith(" "):
-            body.append(line)
-    in_loops, found = _in_loops(lines), []
-    for computation, body in lines.items():
-        for line in body:
-            if match := _COLLECTIVE.search(line):
-                source = re.search(r'op_name="([^"]*)"', line)
-                found.append(
-                    Collective(match[2], _size(match[1]), source[1] if source else "", computation in in_loops)
-                )
-    return found
+    program = hlo.computations(text)
+    in_loops = _in_loops(program)
+    return [
+        Collective(kind, hlo.n_bytes(one.shape), one.source, name in in_loops)
+        for name, body in program.items()
+        for one in body.values()
+        if (kind := one.op.removesuffix("-start")) in _COLLECTIVES
+    ]
 
 
-def _in_loops(lines: dict[str, list[str]]) -> set[str]:
+def _in_loops(program: hlo.Computations) -> set[str]:
     """Return the computations that loops run, and those that these call."""
-    texts = {name: "\n".join(body) for name, body in lines.items()}
-    called = {name: set(re.findall(r"%([\w.\-]+)", " ".join(_CALLED.findall(text)))) for name, text in texts.items()}
-    new = {name for text in texts.values() for name in re.findall(r"\b(?:body|condition)=%([\w.\-]+)", text)}
+    called = {name: {other for one in body.values() for other in one.called} for name, body in program.items()}
+    loops = [one for body in program.values() for one in body.values() if one.op == "while"]
+    new = {other for one in loops for other in one.called}
     reached: set[str] = set()
     while new:
         reached |= new
@@ -119,30 +110,27 @@ def _in_loops(lines: dict[str, list[str]]) -> set[str]:
     return reached
 
 
-def _size(shape: str) -> int:
-    """Return the bytes of a shape of the text, which may be a tuple: f32[2,3]{1,0} is 24."""
-    arrays = re.findall(r"\b(?:(pred)|[a-z]+(\d+)\w*)\[([\d,]*)\]", shape)
-    lengths = [math.prod(int(n) for n in axes.split(",") if n) for *_, axes in arrays]
-    return sum(n if pred else n * int(bits) // 8 for n, (pred, bits, _) in zip(lengths, arrays, strict=True))
-
-
-def compile_step(
-    args: argparse.Namespace, model_type: str, *, n_devices: int, n_members: int = 1, like_accelerator: bool = True
-) -> Step:
-    """Compile the package's own training step without running it, ``args.batch_size`` cells a device."""
+def lower_step(
+    args: argparse.Namespace,
+    model_type: str,
+    mesh: Any,
+    precision: str,
+    n_members: int = 1,
+    n_vectors: int = N_VECTORS,
+) -> tuple[Any, int, int]:
+    """Trace the package's own training step, ``args.batch_size`` cells a device; return it with the numbers of Step."""
     import jax
     import jax.numpy as jnp
     from flax import nnx
-    from jax.sharding import Mesh
 
-    from hce_jax.input import DenseBatch
+    from hce_jax.input import DenseBatch, row_width
     from hce_jax.models import build_model
-    from hce_jax.training.mesh import batch_sharding, check_ghost_batches, data_mesh, replicated
+    from hce_jax.training.mesh import batch_sharding, check_ghost_batches, replicated
     from hce_jax.training.optim import published_optimizer, step_schedule
     from hce_jax.training.steps import Objective, init_state, make_train_step
     from hce_jax.typing import PRECISIONS
 
-    config, precision = {"model_type": model_type, **HYPER_PARAMETERS}, "tf32" if like_accelerator else "float32"
+    config = {"model_type": model_type, **HYPER_PARAMETERS}
     optimizer = published_optimizer(step_schedule(OPTIMIZER[model_type][0], 0.9, 1, 1000), 0.05, 1.0)
 
     def init() -> Any:
@@ -153,44 +141,54 @@ def compile_step(
         return jax.ShapeDtypeStruct(sizes, dtype, sharding=sharding)
 
     graphdef, state = jax.eval_shape(init)
-    mesh = data_mesh()
-    mesh = Mesh(mesh.devices[:n_devices], mesh.axis_names, axis_types=mesh.axis_types)
-    n_cells, whole = n_devices * args.batch_size, replicated(mesh)
+    n_cells, width, whole = mesh.size * args.batch_size, row_width(args.genes), replicated(mesh)
     if model_type == "tabnet":
-        check_ghost_batches(n_cells, HYPER_PARAMETERS["virtual_batch_size"], n_devices)
+        check_ghost_batches(n_cells, HYPER_PARAMETERS["virtual_batch_size"], mesh.size)
     objective = Objective(jnp.eye(args.types), jnp.ones(args.types), True, 1e-6)
     keys = jax.random.split(jax.random.key(0), n_members)
     train_step: Any = make_train_step(graphdef, [objective] * n_members, optimizer, keys, None, whole)
     state = jax.tree.map(lambda leaf: shape(whole, leaf.dtype, *leaf.shape), state)
     split = batch_sharding(mesh, n_cells)
-    x, targets = shape(split, jnp.float32, n_cells, args.genes), shape(split, jnp.int32, n_cells)
+    x, targets = shape(split, jnp.float32, n_cells, width), shape(split, jnp.int32, n_cells)
     batch = DenseBatch(x, targets, shape(split, bool, n_cells))
     # The recipes of the MLP and of TabNet augment. How many vectors there are changes their own memory only.
-    vectors = None if model_type == "linear" else shape(whole, jnp.float32, N_VECTORS, args.genes)
-    # Only a lone CPU takes the ghost batches one after the other.
-    with mock.patch.object(jax, "device_count", return_value=2 if like_accelerator else n_devices):
-        compiled = train_step.func.lower(state, batch, augmentations=vectors).compile()
+    vectors = None if model_type == "linear" else shape(whole, jnp.float32, n_vectors, width)
     n_parameters, n_running = (
         sum(leaf.size for leaf in jax.tree.leaves(tree) if leaf.dtype == jnp.float32)
         for tree in (state.params, state.stats)
     )
     # Each gradient and each batch statistic once; counts of F1, of which the labels' are common; two sums of the loss.
     needed = n_parameters + n_running + (2 * n_members + 1) * args.types + 2 * n_members
-    return Program(compiled), n_parameters, 4 * needed
+    return train_step.func.lower(state, batch, augmentations=vectors), n_parameters, 4 * needed
 
 
-def compile_decoding(args: argparse.Namespace) -> Program:
-    """Compile what makes a packed batch dense, before the step, for one device."""
+def compile_step(
+    args: argparse.Namespace, model_type: str, *, n_devices: int, n_members: int = 1, like_accelerator: bool = True
+) -> Step:
+    """Compile the training step for devices of the CPU, without running it."""
     import jax
+    from jax.sharding import Mesh
 
-    from hce_jax.input import CellBatch, densify
+    from hce_jax.training.mesh import data_mesh
+
+    mesh, precision = data_mesh(), "tf32" if like_accelerator else "float32"
+    mesh = Mesh(mesh.devices[:n_devices], mesh.axis_names, axis_types=mesh.axis_types)
+    # Only a lone CPU takes the ghost batches one after the other.
+    with mock.patch.object(jax, "device_count", return_value=2 if like_accelerator else n_devices):
+        lowered, n_parameters, needed = lower_step(args, model_type, mesh, precision, n_members)
+    return Program(lowered.compile()), n_parameters, needed
+
+
+def packed_batch(args: argparse.Namespace) -> Any:
+    """Return a packed batch of one part, with the room that one of the published atlas has; its cells are empty."""
+    from hce_jax.input import CellBatch
     from hce_jax.input.batch import PackedStream, capacities
     from hce_jax.store import Entries
 
     n_cells, counts = args.batch_size, Entries(EXPRESSED[0] * args.genes, int(EXPRESSED[1] * args.genes))
     n_entries = capacities(counts, Entries(0.0, 0), n_cells)[0].counts
     gaps, rows, nothing = np.zeros((1, n_entries), np.uint8), np.zeros((1, n_cells), np.int32), np.zeros((1, 0))
-    packed = CellBatch(
+    return CellBatch(
         counts=PackedStream(gaps, gaps, rows),
         values=PackedStream(nothing.astype(np.uint8), nothing.astype(np.float32), rows),
         scale=rows[0].astype(np.float32),
@@ -198,7 +196,15 @@ def compile_decoding(args: argparse.Namespace) -> Program:
         real=rows[0] == 0,
         n_genes=args.genes,
     )
-    return Program(jax.jit(densify).lower(packed).compile())
+
+
+def compile_decoding(args: argparse.Namespace) -> Program:
+    """Compile what makes a packed batch dense, before the step, for one device."""
+    import jax
+
+    from hce_jax.input import densify
+
+    return Program(jax.jit(densify).lower(packed_batch(args)).compile())
 
 
 def compute_seconds(program: Program, system: System) -> float:

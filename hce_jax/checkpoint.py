@@ -20,10 +20,10 @@ from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
 from hce_jax.errors import CheckpointError
-from hce_jax.models import build_model
+from hce_jax.models import build_model, split_model
 from hce_jax.predictor import FORMAT_VERSION, ModelCard, Predictor
 from hce_jax.runs import resolve_checkpoint
-from hce_jax.typing import Precision, resolve_precision
+from hce_jax.typing import Precision, Variables, resolve_precision
 
 #: What the user can do something about, in the long text of a library.
 _CAUSES = ("No space left on device", "Disk quota exceeded", "Permission denied", "Read-only file system")
@@ -60,7 +60,7 @@ def _orbax_errors(problem: str) -> Iterator[None]:
     raise CheckpointError(f"{problem}: {reason}")
 
 
-def save_model(path: Path, card: ModelCard, reachability: np.ndarray, params: nnx.State, stats: nnx.State) -> None:
+def save_model(path: Path, card: ModelCard, reachability: np.ndarray, params: Variables, stats: Variables) -> None:
     """Write a checkpoint; it appears under its name only when it is complete.
 
     Parameters
@@ -86,8 +86,8 @@ def save_model(path: Path, card: ModelCard, reachability: np.ndarray, params: nn
     if path.exists():
         raise CheckpointError(f"the checkpoint {path} exists already; it is not overwritten")
     arrays = {
-        "params": nnx.to_pure_dict(params),
-        "stats": nnx.to_pure_dict(stats),
+        "params": params,
+        "stats": stats,
         "reachability": np.asarray(reachability, np.float32),
     }
     with _orbax_errors(f"the checkpoint {path} could not be written"):
@@ -240,21 +240,19 @@ def load_model(path: str | Path, precision: Precision | None = None) -> Predicto
             precision=precision or resolve_precision(card.config["precision"]),
         )
     )
-    graphdef, params, stats = nnx.split(model, nnx.Param, ...)
+    graphdef, params, stats = split_model(model)
     on_device = SingleDeviceSharding(jax.local_devices()[0])
     abstract = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=on_device),
         {
-            "params": nnx.to_pure_dict(params),
-            "stats": nnx.to_pure_dict(stats),
+            "params": params,
+            "stats": stats,
             "reachability": jax.ShapeDtypeStruct((n_types, n_types), jnp.float32),
         },
     )
     with _orbax_errors(f"the checkpoint {path} is damaged"):
         arrays = ocp.load_checkpointables(path.absolute(), {"model": abstract})["model"]
-    nnx.replace_by_pure_dict(params, arrays["params"])
-    nnx.replace_by_pure_dict(stats, arrays["stats"])
-    return Predictor(path, card, np.asarray(arrays["reachability"]), graphdef, params, stats)
+    return Predictor(path, card, np.asarray(arrays["reachability"]), graphdef, arrays["params"], arrays["stats"])
 
 
 def _read_card(path: Path) -> ModelCard:

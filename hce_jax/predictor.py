@@ -13,11 +13,11 @@ import scipy.sparse as sp
 from flax import nnx
 
 from hce_jax.errors import CheckpointError
-from hce_jax.input import Expression, rows_in_steps
+from hce_jax.input import Expression, row_width, rows_in_steps
 from hce_jax.models import MODELS
 from hce_jax.ops.csr import csr_product
 from hce_jax.store import SideFiles
-from hce_jax.typing import Array, Float
+from hce_jax.typing import Array, Float, Variables
 
 #: Expression (n, g): what numpy can read as a matrix, or a scipy sparse matrix.
 Cells: TypeAlias = Any
@@ -123,8 +123,8 @@ class Predictor:
         card: ModelCard,
         reachability: np.ndarray,
         graphdef: nnx.GraphDef,
-        params: nnx.State,
-        stats: nnx.State,
+        params: Variables,
+        stats: Variables,
     ):
         self.path, self.card, self.reachability = path, card, reachability
         self.graphdef, self.params, self.stats = graphdef, params, stats
@@ -220,7 +220,7 @@ class Predictor:
         """
         self._require("explain", "masks: TabNet has them")
         sparse = [
-            jax.tree.map(sp.csr_array, importance_and_masks)
+            jax.tree.map(lambda wide: sp.csr_array(wide[:, : len(self.card.gene_ids)]), importance_and_masks)
             for importance_and_masks in self._in_batches(_explanation, x, batch_size)
         ]
         importance, masks = zip(*sparse, strict=True)
@@ -232,11 +232,11 @@ class Predictor:
             raise CheckpointError(f"{self.path} is a {self.model_type} model, which has no {what}")
 
     def _in_batches(self, function: Callable[[nnx.Module, Array], Any], x: Cells, batch_size: int) -> Iterator[Any]:
-        """Apply a function of the model and a batch (b, g); yield what it gives for the real rows, as numpy arrays."""
+        """Apply a function of the model and a batch (b, w); yield what it gives for the real rows, as numpy arrays."""
         for rows in self._cut(x, batch_size):
             dense = rows if isinstance(rows, np.ndarray) else rows.toarray()
-            padded = np.zeros((batch_size, dense.shape[1]), np.float32)  # one shape, one compilation
-            padded[: len(dense)] = dense
+            padded = np.zeros((batch_size, row_width(dense.shape[1])), np.float32)  # one shape, one compilation
+            padded[: len(dense), : dense.shape[1]] = dense
             outputs = self._apply(function, self.params, self.stats, padded)
             yield jax.tree.map(lambda output: np.asarray(output)[: len(dense)], outputs)  # noqa: B023 (used at once)
 
@@ -253,9 +253,9 @@ class Predictor:
         return (x[start : start + batch_size] for start in range(0, max(x.shape[0], 1), batch_size))
 
     def _apply_to_batch(
-        self, function: Callable[[nnx.Module, Array], Any], params: nnx.State, stats: nnx.State, x_bg: Array
+        self, function: Callable[[nnx.Module, Array], Any], params: Variables, stats: Variables, x_bw: Array
     ) -> Any:
-        return function(nnx.merge(self.graphdef, params, stats), x_bg)
+        return function(nnx.merge(self.graphdef, params, stats), x_bw)
 
     def check_store(self, side: SideFiles) -> None:
         """Check that a store has this model's genes and labels, in the same order.
@@ -372,16 +372,16 @@ class Ensemble:
         return all(predictor.reads_sparse for predictor in self.predictors)
 
 
-def _probabilities(model: nnx.Module, x_bg: Array) -> Float[Array, "b c"]:
-    return jax.nn.softmax(model(x_bg)[0])
+def _probabilities(model: nnx.Module, x_bw: Array) -> Float[Array, "b c"]:
+    return jax.nn.softmax(model(x_bw)[0])
 
 
-def _embedding(model: nnx.Module, x_bg: Array) -> Float[Array, "b h"]:
-    return model.embed(x_bg)
+def _embedding(model: nnx.Module, x_bw: Array) -> Float[Array, "b h"]:
+    return model.embed(x_bw)
 
 
-def _explanation(model: nnx.Module, x_bg: Array) -> tuple[Float[Array, "b g"], list[Float[Array, "b g"]]]:
-    return model.explain(x_bg)
+def _explanation(model: nnx.Module, x_bw: Array) -> tuple[Float[Array, "b w"], list[Float[Array, "b w"]]]:
+    return model.explain(x_bw)
 
 
 def _probabilities_after_first_layer(model: nnx.Module, h_bh: Float[Array, "b h"]) -> Float[Array, "b c"]:

@@ -18,7 +18,7 @@ from flax import nnx
 
 from hce_jax.checkpoint import NORMALISATION
 from hce_jax.errors import CheckpointError, ConfigError
-from hce_jax.models import MODELS, MLPConfig, TabNetConfig, build_model
+from hce_jax.models import MODELS, MLPConfig, TabNetConfig, build_model, split_model
 from hce_jax.predictor import ModelCard, Predictor
 from hce_jax.runs import epoch_and_score
 from hce_jax.store import SideFiles
@@ -204,8 +204,7 @@ def load_torch_checkpoint(ckpt_path: str | Path, side: SideFiles, hparams_path: 
         card = _card(file, settings, fields, side)
     nnx.replace_by_pure_dict(state, jax.tree.map(jnp.asarray, arrays))
     nnx.update(model, state)
-    graphdef, params, stats = nnx.split(model, nnx.Param, ...)
-    return Predictor(path, card, side.reachability, graphdef, params, stats)
+    return Predictor(path, card, side.reachability, *split_model(model))
 
 
 def published_f1(path: Path) -> float:

@@ -13,6 +13,7 @@ c        cell types (a second cell-type axis: d)
 h        hidden units
 s        decision steps
 v        ghost ("virtual") batches
+w        columns of a dense batch: the genes, then zeros
 =======  =============================================
 
 Matrix products never run at the backend's default precision (bfloat16 on a TPU): every model is built with a
@@ -20,7 +21,7 @@ Matrix products never run at the backend's default precision (bfloat16 on a TPU)
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -38,11 +39,14 @@ __all__ = [
     "Num",
     "Precision",
     "UInt8",
+    "Variables",
     "resolve_precision",
 ]
 
 Array = jax.Array
 AnyArray = jax.Array | np.ndarray
+#: A model's variables: nested dictionaries of arrays by the names of modules and variables, by numbers in lists.
+Variables: TypeAlias = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +67,17 @@ class Precision:
     name: str
     dtype: Any
     matmul: jax.lax.Precision
+
+    def product(self, x: Array, kernel: Array) -> Array:
+        """Return the matrix product in float32, computed in this precision.
+
+        Examples
+        --------
+        >>> PRECISIONS["bf16"].product(jnp.ones((2, 3)), jnp.ones((3, 1))).tolist()
+        [[3.0], [3.0]]
+        """
+        operands = x.astype(self.dtype), kernel.astype(self.dtype)
+        return jnp.matmul(*operands, precision=self.matmul, preferred_element_type=jnp.float32)
 
 
 PRECISIONS = {

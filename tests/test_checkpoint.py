@@ -23,7 +23,7 @@ from hce_jax.checkpoint import (
     state_about,
 )
 from hce_jax.errors import CheckpointError
-from hce_jax.models import build_model
+from hce_jax.models import build_model, split_model
 from hce_jax.runs import checkpoint_name
 from hce_jax.store import open_store
 from hce_jax.typing import PRECISIONS
@@ -52,7 +52,7 @@ def model():
 
 @pytest.fixture
 def checkpoint(tmp_path, model):
-    _, params, stats = nnx.split(model, nnx.Param, ...)
+    _, params, stats = split_model(model)
     path = tmp_path / "val_f1_macro_epoch=3_val_f1_macro=0.800.ckpt"
     save_model(path, CARD, REACH, params, stats)
     return path
@@ -101,7 +101,7 @@ def test_a_batch_of_no_cells_is_refused(checkpoint, batch_size):
 
 
 def test_an_existing_checkpoint_is_not_overwritten(checkpoint, model):
-    _, params, stats = nnx.split(model, nnx.Param, ...)
+    _, params, stats = split_model(model)
     with pytest.raises(CheckpointError, match="exists already"):
         save_model(checkpoint, CARD, REACH, jax.tree.map(jnp.zeros_like, params), stats)
     restored = load_model(checkpoint)
@@ -187,7 +187,7 @@ def test_a_store_of_other_genes_or_labels_is_refused_with_the_first_difference(c
 
 
 def test_the_best_of_a_run_is_the_best_also_where_three_digits_are_equal(tmp_path, model):
-    _, params, stats = nnx.split(model, nnx.Param, ...)
+    _, params, stats = split_model(model)
     for epoch, score in enumerate((0.9006, 0.9012, 0.9009)):
         card = dataclasses.replace(CARD, epoch=epoch, scores=CARD.scores | {"val_f1_macro": score})
         save_model(tmp_path / "checkpoints" / checkpoint_name(epoch, score), card, REACH, params, stats)

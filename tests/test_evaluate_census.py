@@ -10,7 +10,7 @@ from small_census import small_census_counts, small_census_obs, small_census_var
 
 import evaluate
 from hce_jax.checkpoint import load_model, save_model
-from hce_jax.models import build_model
+from hce_jax.models import build_model, split_model
 from hce_jax.predictor import ModelCard
 from hce_jax.preprocess import normalize_log1p
 from hce_jax.typing import PRECISIONS
@@ -32,7 +32,7 @@ def folder(tmp_path):
     card = ModelCard(config, *map(tuple, genes), LABELS, None, None, "sf-log1p", {"use_hierarchical_loss": False,
                      "epsilon": 1e-6}, "nowhere", 0, 0, {"val_f1_macro": 0.5})  # fmt: skip
     model = build_model(config, N_GENES, len(LABELS), nnx.Rngs(1), precision=PRECISIONS["float32"])
-    save_model(tmp_path / "model.ckpt", card, np.eye(3), *nnx.split(model, nnx.Param, ...)[1:])
+    save_model(tmp_path / "model.ckpt", card, np.eye(3), *split_model(model)[1:])
     return tmp_path
 
 

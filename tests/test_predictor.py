@@ -11,8 +11,10 @@ from coded_cells import N_GENES, N_TYPES, block_of, expression
 from flax import nnx
 from networks import compiled
 
+from hce_jax import predictor as predictor_module
 from hce_jax.input import Expression
-from hce_jax.models import MLPConfig, TabNetConfig, build_model
+from hce_jax.input import expression as expression_module
+from hce_jax.models import MLPConfig, TabNetConfig, build_model, split_model
 from hce_jax.predictor import Ensemble, ModelCard, Predictor
 from hce_jax.typing import PRECISIONS
 
@@ -27,7 +29,7 @@ CELLS = np.arange(37)
 def predictor_of(kind, seed=0, precision="float32", use_hierarchical_loss=True):
     config = {"model_type": kind, "precision": precision, **SIZES[kind]}
     model = build_model(config, N_GENES, N_TYPES, nnx.Rngs(seed), precision=PRECISIONS[precision])
-    graphdef, params, stats = nnx.split(model, nnx.Param, ...)
+    graphdef, params, stats = split_model(model)
     stats = jax.tree.map(lambda leaf: leaf + 0.3 if leaf.dtype == np.float32 else leaf, stats)
     names = tuple(f"G{gene}" for gene in range(N_GENES))
     labels = tuple(f"T{label}" for label in range(N_TYPES))
@@ -54,6 +56,26 @@ def test_probabilities_of_a_block_are_the_model_s(kind, reads_sparse):
     np.testing.assert_allclose(given, expected, atol=2e-5)
     for x in (expression(CELLS), sp.csr_array(expression(CELLS))):
         np.testing.assert_allclose(predictor.predict_proba(x, batch_size=16), expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", SIZES)
+def test_answers_are_the_same_from_wide_rows_and_as_long_as_the_model_s_lists(kind, monkeypatch):
+    predictor = predictor_of(kind)
+    predictor.reads_sparse = False  # as on an accelerator
+    asked = ["predict_proba", *(name for name in ("embed", "explain") if hasattr(predictor._model, name))]
+    x = expression(CELLS)
+
+    def answers():
+        return [predictor.predict_block(Expression(block_of(CELLS))), *(getattr(predictor, name)(x) for name in asked)]
+
+    narrow = answers()
+    for module in (expression_module, predictor_module):
+        monkeypatch.setattr(module, "row_width", lambda n_genes: n_genes + 40)
+    assert Expression(block_of(CELLS)).dense.shape == (64, N_GENES + 40)
+    for expected, found in zip(jax.tree.leaves(narrow), jax.tree.leaves(answers()), strict=True):
+        assert found.shape == expected.shape
+        dense = [each.toarray() if sp.issparse(each) else each for each in (found, expected)]
+        np.testing.assert_allclose(*dense, atol=2e-6)
 
 
 def test_precision_that_was_asked_for_is_kept():

@@ -15,7 +15,7 @@ import numpy as np
 
 from hce_jax.checkpoint import load_model
 from hce_jax.evaluation.cells import Cells, StoreCells
-from hce_jax.input import DenseBatch, Expression, densify, evaluation_batches
+from hce_jax.input import DenseBatch, Expression, densify, evaluation_batches, row_width
 from hce_jax.predictor import Predictor
 from hce_jax.progress import progress
 from hce_jax.store import Block, SideFiles, Split, open_store
@@ -200,8 +200,9 @@ def _evaluate(checkpoint: str | Path, data_path: str | Path | None, split: str, 
     )
     eval_step = make_eval_step(predictor.graphdef, [objective])
     params, stats = jax.tree.map(lambda leaf: leaf[None], (predictor.params, predictor.stats))
+    width = row_width(cells.side.n_genes)
     with progress(evaluation_batches(cells, batch_size), -(-cells.n_cells // batch_size), split) as bar:
-        dense = (DenseBatch(densify(batch), batch.targets, batch.real) for batch in bar)
+        dense = (DenseBatch(densify(batch, width), batch.targets, batch.real) for batch in bar)
         [result] = evaluate(eval_step, params, stats, dense)
     return result
 

@@ -2,7 +2,7 @@
 
 from jax.sharding import NamedSharding
 
-from hce_jax.input.batch import CellBatch, DenseBatch, batch_of_values, dense_batch, densify
+from hce_jax.input.batch import CellBatch, DenseBatch, batch_of_values, dense_batch, densify, row_width
 from hce_jax.input.expression import Expression, rows_in_steps
 from hce_jax.input.pipeline import Hosts, StreamedSplit, batches_per_epoch, evaluation_batches, training_batches
 from hce_jax.input.resident import ResidentSplit
@@ -24,6 +24,7 @@ __all__ = [
     "densify",
     "evaluation_batches",
     "place_cells",
+    "row_width",
     "rows_in_steps",
     "training_batches",
 ]

@@ -21,6 +21,8 @@ from hce_jax.typing import AnyArray, Array, Bool, Float, Int, Num, UInt8
 _DEVIATIONS = 3
 #: Entries of a line: streams are filled up to whole lines.
 LINE = 128
+#: On an accelerator the rows of x are multiples of this.
+_COLUMNS = 128
 
 
 class PackedStream(NamedTuple):
@@ -72,16 +74,37 @@ class DenseBatch(NamedTuple):
     Attributes
     ----------
     x
-        Expression (b, g), sf-log1p.
+        Expression (b, w), sf-log1p; the columns after the g genes are zero, see :func:`row_width`.
     targets
         Label of each cell (b,), int32.
     real
         False for the rows that only fill the last batch up (b,).
     """
 
-    x: Float[AnyArray, "b g"]
+    x: Float[AnyArray, "b w"]
     targets: Int[AnyArray, "b"]
     real: Bool[AnyArray, "b"]
+
+
+def row_width(n_genes: int, backend: str | None = None) -> int:
+    """Return the columns w of a dense batch: the genes on a CPU, the next multiple of 128 elsewhere.
+
+    An accelerator multiplies matrices whose rows begin at a multiple of some bytes. With 19,331 genes they do not, and
+    the compiler would copy the whole batch before each product with it.
+
+    Parameters
+    ----------
+    n_genes
+        Genes g.
+    backend
+        ``cpu``, ``gpu`` or ``tpu``; JAX's own default backend if not given.
+
+    Examples
+    --------
+    >>> row_width(19331, "cpu"), row_width(19331, "gpu")
+    (19331, 19456)
+    """
+    return n_genes if (backend or jax.default_backend()) == "cpu" else -(-n_genes // _COLUMNS) * _COLUMNS
 
 
 class Capacity(NamedTuple):
@@ -233,27 +256,35 @@ def _join(parts: Sequence[Sequence[Stream]], dtype: type, n_entries: int, n_rows
     return joined
 
 
-def densify(batch: CellBatch) -> Float[Array, "b g"]:
+def densify(batch: CellBatch, width: int | None = None) -> Float[Array, "b w"]:
     """Return the expression of a batch, sf-log1p: ``ln(1 + scale * counts) + values``. For use inside jit.
 
     One cumulative sum and one scatter-add for each stream; see hce_jax.store.packing.
+
+    Parameters
+    ----------
+    batch
+        The cells.
+    width
+        Columns w of the result, of which those after the genes are zero; the genes if not given.
 
     Examples
     --------
     >>> x = np.log1p(np.array([[2500.0, 7500.0]], np.float32))
     >>> block = Block.of_recovered_counts(x, {"cell_type": np.array([3])})
-    >>> np.expm1(densify(make_batch([block], 1, [Capacity(128, 0)]))).round().tolist()
-    [[2500.0, 7500.0]]
+    >>> np.expm1(densify(make_batch([block], 1, [Capacity(128, 0)]), 3)).round().tolist()
+    [[2500.0, 7500.0, 0.0]]
     """
-    n_cells = batch.targets.shape[0]
-    counts_bg, values_bg = (_walk(stream, n_cells, batch.n_genes) for stream in (batch.counts, batch.values))
-    return jnp.log1p(counts_bg * jnp.asarray(batch.scale)[:, None]) + values_bg
+    shape = batch.targets.shape[0], batch.n_genes, width or batch.n_genes
+    counts_bw, values_bw = (_walk(stream, *shape) for stream in (batch.counts, batch.values))
+    return jnp.log1p(counts_bw * jnp.asarray(batch.scale)[:, None]) + values_bw
 
 
 def dense_batch(batch: CellBatch, sharding: NamedSharding) -> DenseBatch:
     """Make a batch dense, each host its own rows on its own devices, and join the hosts' rows to the global batch.
 
-    So the hosts need not agree on the room of their streams, and a step is compiled for one shape only.
+    So the hosts need not agree on the room of their streams, and a step is compiled for one shape only. Rows are as
+    wide as :func:`row_width` says.
 
     Parameters
     ----------
@@ -265,9 +296,9 @@ def dense_batch(batch: CellBatch, sharding: NamedSharding) -> DenseBatch:
     Examples
     --------
     >>> dense_batch(packed, batch_sharding(data_mesh(), 2048)).x.shape  # doctest: +SKIP
-    (2048, 19331)
+    (2048, 19456)
     """
-    own = _densify(batch, sharding=host_sharding(sharding))
+    own = _densify(batch, width=row_width(batch.n_genes), sharding=host_sharding(sharding))
     n_hosts = sharding.num_devices // len(sharding.addressable_devices)
     if n_hosts == 1:
         return own
@@ -292,23 +323,24 @@ def host_sharding(sharding: NamedSharding) -> NamedSharding:
     return NamedSharding(Mesh(np.asarray(own), mesh.axis_names, axis_types=mesh.axis_types), sharding.spec)
 
 
-@partial(jax.jit, static_argnames="sharding")
-def _densify(batch: CellBatch, *, sharding: NamedSharding) -> DenseBatch:
-    return jax.lax.with_sharding_constraint(DenseBatch(densify(batch), batch.targets, batch.real), sharding)
+@partial(jax.jit, static_argnames=("width", "sharding"))
+def _densify(batch: CellBatch, *, width: int, sharding: NamedSharding) -> DenseBatch:
+    dense = DenseBatch(densify(batch, width), batch.targets, batch.real)
+    return jax.lax.with_sharding_constraint(dense, sharding)
 
 
-def _walk(stream: PackedStream, n_cells: int, n_genes: int) -> Float[Array, "b g"]:
+def _walk(stream: PackedStream, n_cells: int, n_genes: int, width: int) -> Float[Array, "b w"]:
     n_parts, n_entries = stream.gaps.shape
     n_rows = n_cells // n_parts
     if not n_entries:
-        return jnp.zeros((n_cells, n_genes))
+        return jnp.zeros((n_cells, width))
 
     def walk_part(gaps: Array, amounts: Array, rows: Array) -> Array:
         place = jnp.cumsum(gaps.astype(jnp.int32)) - 1
-        at = rows[place // n_genes] * n_genes + place % n_genes
-        return jnp.zeros(n_rows * n_genes).at[at].add(amounts.astype(jnp.float32))
+        at = rows[place // n_genes] * width + place % n_genes
+        return jnp.zeros(n_rows * width).at[at].add(amounts.astype(jnp.float32))
 
-    return jax.vmap(walk_part)(*jax.tree.map(jnp.asarray, stream)).reshape(n_cells, n_genes)
+    return jax.vmap(walk_part)(*jax.tree.map(jnp.asarray, stream)).reshape(n_cells, width)
 
 
 def check_batch_fits(split: Split, n_cells: int) -> None:
@@ -319,7 +351,7 @@ def check_batch_fits(split: Split, n_cells: int) -> None:
     ConfigError
         If there are too many, naming the most cells that fit.
     """
-    widest = max(split.side.n_genes, split.count_entries.most, split.value_entries.most)
+    widest = max(row_width(split.side.n_genes), split.count_entries.most, split.value_entries.most)
     limit = (2**31 - 1) // widest
     if n_cells > limit:
         raise ConfigError(

@@ -1,11 +1,11 @@
 """The expression of some cells, in the forms that models take it."""
 
-from functools import cached_property
+from functools import cached_property, partial
 
 import jax
 import scipy.sparse as sp
 
-from hce_jax.input.batch import LINE, Capacity, densify, make_batch
+from hce_jax.input.batch import LINE, Capacity, densify, make_batch, row_width
 from hce_jax.store import Block
 from hce_jax.store.block import COUNTS, VALUES
 from hce_jax.typing import Array, Float
@@ -43,14 +43,17 @@ class Expression:
         return self.block.x
 
     @cached_property
-    def dense(self) -> Float[Array, "b g"]:
-        """Dense on the device; rows of zeros follow the n cells, so that there are few shapes to compile for."""
+    def dense(self) -> Float[Array, "b w"]:
+        """Dense on the device, as wide as :func:`hce_jax.input.row_width` says.
+
+        Rows of zeros follow the n cells, so that there are few shapes to compile for.
+        """
         counts, values = (_room(len(self.block.stream(names).gaps)) for names in (COUNTS, VALUES))
         batch = make_batch([self.block], rows_in_steps(len(self)), [Capacity(counts, values)])
-        return _densify(batch)
+        return _densify(batch, width=row_width(batch.n_genes))
 
 
-_densify = jax.jit(densify)
+_densify = partial(jax.jit, static_argnames="width")(densify)
 
 
 def rows_in_steps(n_cells: int) -> int:

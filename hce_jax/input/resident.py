@@ -256,18 +256,26 @@ def _gather(
 
 
 def _gather_stream(lines: _Lines, chosen_r: Array, real_r: Array, n_lines: int) -> PackedStream:
-    """Gather the lines of the chosen cells of this device, one after the other."""
+    """Gather the lines of the chosen cells of this device, one after the other.
+
+    Searches, of a few turns that need no word from the host, take the place of ``jnp.repeat`` and ``jnp.flatnonzero``,
+    which are a dozen small kernels on a GPU.
+    """
+    n_rows = len(chosen_r)
+    if not n_lines:
+        gaps, amounts = (jnp.zeros((1, 0), entries.dtype) for entries in (lines.gaps, lines.amounts))
+        return PackedStream(gaps, amounts, jnp.zeros((1, n_rows), jnp.int32))
     first_r = lines.first[0][chosen_r]
     size_r = jnp.where(real_r, lines.first[0][chosen_r + 1] - first_r, 0)
-    end_r = jnp.cumsum(size_r)
-    row_l = jnp.repeat(jnp.arange(len(chosen_r)), size_r, total_repeat_length=n_lines)
-    line_l = first_r[row_l] + jnp.arange(n_lines) - (end_r - size_r)[row_l]
-    used_l = jnp.arange(n_lines) < end_r[-1]
+    end_r, n_walked_r = jnp.cumsum(jnp.stack([size_r, size_r > 0]), axis=1)
+
+    number_l = jnp.arange(n_lines)
+    row_l = jnp.searchsorted(end_r, number_l, side="right", method="scan_unrolled")
+    used_l = number_l < end_r[-1]
+    line_l = jnp.where(used_l, (first_r + size_r - end_r)[row_l] + number_l, 0)
     gaps, amounts = (
-        jnp.where(used_l[:, None], entries[0][jnp.where(used_l, line_l, 0)], 0).reshape(1, -1)
-        if n_lines
-        else jnp.zeros((1, 0), entries.dtype)
-        for entries in (lines.gaps, lines.amounts)
+        jnp.where(used_l[:, None], entries[0][line_l], 0).reshape(1, -1) for entries in (lines.gaps, lines.amounts)
     )
-    walked_r = jnp.flatnonzero(size_r > 0, size=len(chosen_r), fill_value=0)
-    return PackedStream(gaps, amounts, walked_r.astype(jnp.int32)[None])
+    number_r = jnp.arange(n_rows)
+    walked_r = jnp.searchsorted(n_walked_r, number_r, side="right", method="scan_unrolled")
+    return PackedStream(gaps, amounts, jnp.where(number_r < n_walked_r[-1], walked_r, 0).astype(jnp.int32)[None])

@@ -15,7 +15,7 @@ from hce_jax.errors import ConfigError
 from hce_jax.models.linear import Linear, LinearConfig
 from hce_jax.models.mlp import MLP, MLPConfig
 from hce_jax.models.tabnet import TabNet, TabNetConfig
-from hce_jax.typing import Precision
+from hce_jax.typing import Precision, Variables
 
 __all__ = [
     "MLP",
@@ -27,6 +27,7 @@ __all__ = [
     "TabNetConfig",
     "build_model",
     "model_config",
+    "split_model",
 ]
 
 #: model_type -> (its config, its module). To add a model: one file, one line here, one config file, one test.
@@ -91,3 +92,20 @@ def build_model(
     settings = model_config(config)
     _, model_class = MODELS[config["model_type"]]
     return model_class(settings, n_genes, n_types, precision=precision, rngs=rngs)
+
+
+def split_model(model: nnx.Module) -> tuple[nnx.GraphDef, Variables, Variables]:
+    """Take a model apart: its structure, its parameters, and its other variables (running statistics).
+
+    ``nnx.merge`` puts it together again.
+
+    Examples
+    --------
+    >>> from hce_jax.typing import PRECISIONS
+    >>> model = build_model({"model_type": "linear"}, 5, 3, nnx.Rngs(0), precision=PRECISIONS["float32"])
+    >>> graphdef, params, stats = split_model(model)
+    >>> params["linear"]["kernel"].shape, stats
+    ((5, 3), {})
+    """
+    graphdef, params, stats = nnx.split(model, nnx.Param, ...)
+    return graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(stats)

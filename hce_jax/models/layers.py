@@ -1,6 +1,7 @@
 """Layers that several models share, initialised as PyTorch does."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from hce_jax.typing import Array, Float, Precision
 def dense(n_in: int, n_out: int, *, precision: Precision, rngs: nnx.Rngs) -> nnx.Linear:
     """Return a linear layer x W + b whose W (in, out) and b start uniform in +-1/sqrt(n_in).
 
+    Rows of x may be wider than n_in: W goes on with zeros, see :func:`widened`.
     This is the initialisation of ``torch.nn.Linear`` (golden README, surprise 20). PyTorch stores W as (out, in).
 
     Examples
@@ -27,8 +29,45 @@ def dense(n_in: int, n_out: int, *, precision: Precision, rngs: nnx.Rngs) -> nnx
         return jax.random.uniform(key, shape, dtype, -bound, bound)
 
     return nnx.Linear(
-        n_in, n_out, dtype=precision.dtype, precision=precision.matmul, kernel_init=init, bias_init=init, rngs=rngs
+        n_in,
+        n_out,
+        dtype=precision.dtype,
+        precision=precision.matmul,
+        kernel_init=init,
+        bias_init=init,
+        dot_general=_dot_of_wide_rows,
+        rngs=rngs,
     )
+
+
+def _dot_of_wide_rows(x: Array, kernel: Array, *how: Any, **more: Any) -> Array:
+    return jax.lax.dot_general(x, widened(kernel, x.shape[-1]), *how, **more)
+
+
+def widened(kernel_gh: Float[Array, "g *h"], width: int) -> Float[Array, "w *h"]:
+    """Return a kernel, or a vector, with rows of zeros after its own: what rows of x as wide as that are read with.
+
+    Its gradient is a slice. With as many rows as it has, it is returned as it is.
+
+    Parameters
+    ----------
+    kernel_gh
+        Its first axis is that of the genes.
+    width
+        Rows w of the result, at least g; see :func:`hce_jax.input.row_width`.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer.
+
+    Examples
+    --------
+    >>> widened(jnp.ones((2, 1)), 3).tolist()
+    [[1.0], [1.0], [0.0]]
+    """
+    n_more = width - kernel_gh.shape[0]
+    return jnp.pad(kernel_gh, [(0, n_more), *[(0, 0)] * (kernel_gh.ndim - 1)]) if n_more else kernel_gh
 
 
 class BatchNorm(nnx.Module):

@@ -22,7 +22,7 @@ class Linear(nnx.Module):
     config
         Hyper-parameters (none).
     n_genes, n_types
-        Sizes of the input and of the output.
+        Sizes of the input and of the output; rows of the input may be longer, by zeros.
     precision
         How the matrix product is computed.
     rngs
@@ -46,10 +46,10 @@ class Linear(nnx.Module):
         return self.linear
 
     def __call__(
-        self, x_bg: Float[Array, "b g"], *, train: bool = False, key: Key[Array, ""] | None = None
+        self, x_bw: Float[Array, "b w"], *, train: bool = False, key: Key[Array, ""] | None = None
     ) -> tuple[Float[Array, "b c"], Float[Array, "b"]]:
         """Return the logits and each cell's auxiliary loss, zero. Training mode and key change nothing here."""
-        return self.after_first_layer(self.first_layer(x_bg))
+        return self.after_first_layer(self.first_layer(x_bw))
 
     def after_first_layer(self, h_bh: Float[Array, "b h"]) -> tuple[Float[Array, "b c"], Float[Array, "b"]]:
         """Return what the model does, given what its first layer makes of the genes."""

@@ -57,7 +57,7 @@ class MLP(nnx.Module):
     config
         Hyper-parameters.
     n_genes, n_types
-        Sizes of the input and of the output.
+        Sizes of the input and of the output; rows of the input may be longer, by zeros.
     precision
         How matrix products are computed.
     rngs
@@ -87,7 +87,7 @@ class MLP(nnx.Module):
         return self.layers[0]
 
     def __call__(
-        self, x_bg: Float[Array, "b g"], *, train: bool = False, key: Key[Array, ""] | None = None
+        self, x_bw: Float[Array, "b w"], *, train: bool = False, key: Key[Array, ""] | None = None
     ) -> tuple[Float[Array, "b c"], Float[Array, "b"]]:
         """Return the logits and each cell's auxiliary loss, zero.
 
@@ -96,7 +96,7 @@ class MLP(nnx.Module):
         ValueError
             If training drops units and there is no ``key`` to draw them with.
         """
-        return self.after_first_layer(self.first_layer(x_bg), train=train, key=key)
+        return self.after_first_layer(self.first_layer(x_bw), train=train, key=key)
 
     def after_first_layer(
         self, h_bh: Float[Array, "b h"], *, train: bool = False, key: Key[Array, ""] | None = None
@@ -105,9 +105,9 @@ class MLP(nnx.Module):
         logits_bc = self.linear(self._encode(h_bh, train, key)).astype(jnp.float32)
         return logits_bc, jnp.zeros(h_bh.shape[0], jnp.float32)
 
-    def embed(self, x_bg: Float[Array, "b g"]) -> Float[Array, "b h"]:
+    def embed(self, x_bw: Float[Array, "b w"]) -> Float[Array, "b h"]:
         """Return the last hidden layer."""
-        return self._encode(self.first_layer(x_bg), train=False, key=None)
+        return self._encode(self.first_layer(x_bw), train=False, key=None)
 
     def _encode(self, h_bh: Array, train: bool, key: Array | None) -> Array:
         for index, norm in enumerate(self.norms):

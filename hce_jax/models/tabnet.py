@@ -21,18 +21,19 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hce_jax.errors import ConfigError
-from hce_jax.models.layers import BatchNorm
+from hce_jax.models.layers import BatchNorm, widened
 from hce_jax.ops import batch_norm
 from hce_jax.ops.entmax import THRESHOLD, entmax15, sparsemax
+from hce_jax.ops.gated_norm import MAX_ROWS, RESIDUAL_SCALE, gated_norm
+from hce_jax.ops.selection import EPSILON, select_genes
 from hce_jax.typing import Array, Float, Key, Precision
 
-#: Keeps the logarithm of an entry of the mask finite.
-_EPSILON = 1e-15
+#: Score of the columns that only fill a row up.
+_NEVER = -1e30
 #: Momentum of the batch norm of the input, whatever that of the others.
 _INPUT_MOMENTUM = 0.01
 
 _SELECTORS = {"entmax": entmax15, "sparsemax": sparsemax}
-_RESIDUAL_SCALE = math.sqrt(0.5)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,69 +149,76 @@ class TabNet(nnx.Module):
         self.head = _kernel(config.n_d, n_types, 1.0, rngs)
 
     def __call__(
-        self, x_bg: Float[Array, "b g"], *, train: bool = False, key: Key[Array, ""] | None = None
+        self, x_bw: Float[Array, "b w"], *, train: bool = False, key: Key[Array, ""] | None = None
     ) -> tuple[Float[Array, "b c"], Float[Array, "b"]]:
         """Return the logits and each cell's auxiliary loss.
 
         The loss is -lambda_sparse * sum_g M log(M + 1e-15), mean over the steps: lambda_sparse times the entropy of the
         cell's masks, as published (there: the loss minus lambda_sparse * M_loss). Nothing is drawn with ``key``.
         """
-        encoding = self._encode(x_bg, train)
-        logits_bc = _product(encoding.embedding_bh, self.head[...], self.precision)
+        encoding = self._encode(x_bw, train)
+        logits_bc = self.precision.product(encoding.embedding_bh, self.head[...])
         return logits_bc, -self.config.lambda_sparse * encoding.negative_entropy_b
 
-    def embed(self, x_bg: Float[Array, "b g"]) -> Float[Array, "b h"]:
+    def embed(self, x_bw: Float[Array, "b w"]) -> Float[Array, "b h"]:
         """Return the sum of the steps' outputs (b, n_d)."""
-        return self._encode(x_bg, train=False).embedding_bh
+        return self._encode(x_bw, train=False).embedding_bh
 
-    def explain(self, x_bg: Float[Array, "b g"]) -> tuple[Float[Array, "b g"], list[Float[Array, "b g"]]]:
+    def explain(self, x_bw: Float[Array, "b w"]) -> tuple[Float[Array, "b w"], list[Float[Array, "b w"]]]:
         """Return the importance of every gene for every cell, and the mask of each step.
 
         The importance is the sum over the steps of the mask times the sum of the step's output (b, n_d); it is not
         normalised.
         """
-        encoding = self._encode(x_bg, train=False, keep_masks=True)
+        encoding = self._encode(x_bw, train=False, keep_masks=True)
         weighted = [m * d.sum(1, keepdims=True) for m, d in zip(encoding.masks, encoding.outputs, strict=True)]
         return sum(weighted[1:], weighted[0]), encoding.masks
 
-    def _encode(self, x_bg: Array, train: bool, keep_masks: bool = False) -> _Encoding:
-        config, sizes = self.config, batch_norm.part_sizes(x_bg.shape[0], self.config.virtual_batch_size)
-        scale_g, shift_g = self._input_affine(x_bg, train)
+    def _encode(self, x_bw: Array, train: bool, keep_masks: bool = False) -> _Encoding:
+        config, sizes = self.config, batch_norm.part_sizes(x_bw.shape[0], self.config.virtual_batch_size)
         shared = [kernel[...] for kernel in self.shared_kernels]
+        with jax.named_scope("input_norm"):
+            scale_w, shift_w = self._input_affine(x_bw, train)
+        x_bw = x_bw.astype(self.precision.dtype)  # from here on only products of this precision read it
+        with jax.named_scope("splitter"):
+            # (x * scale + shift) W = x (scale * W) + shift W
+            kernel_wh = widened(self.splitter.first_kernel(shared), x_bw.shape[1])
+            shift_h = jnp.matmul(shift_w, kernel_wh, precision=jax.lax.Precision.HIGHEST)
+            first_bh = self.precision.product(x_bw, scale_w[:, None] * kernel_wh) + shift_h[None, :]
+            attended_bk = self.splitter(first_bh, shared, train=train)[:, config.n_d :]
 
-        kernel = self.splitter.first_kernel(shared)  # (x * scale + shift) W = x (scale * W) + shift W
-        shift_h = jnp.matmul(shift_g, kernel, precision=jax.lax.Precision.HIGHEST)
-        first_bh = _product(x_bg, scale_g[:, None] * kernel, self.precision) + shift_h[None, :]
-        attended_bk = self.splitter(first_bh, shared, train=train)[:, config.n_d :]
-
-        prior_bg, masks, outputs, entropies = None, [], [], []
+        prior_bw, masks, outputs, entropies = None, [], [], []
         for step, (attention, transformer) in enumerate(zip(self.attentions, self.transformers, strict=True)):
             read = attention.reader(
-                scale_g, shift_g, transformer.first_kernel(shared), self.precision, config.mask_type,
+                scale_w, shift_w, transformer.first_kernel(shared), self.precision, config.mask_type,
                 train=train, keep_mask=keep_masks or step + 1 < config.n_steps,
             )  # fmt: skip
-            (first_bh, entropy_b, mask_bg), statistics_vg = batch_norm.over_parts(
-                _each_part(read), sizes, attended_bk, x_bg, prior_bg
+            (first_bh, entropy_b, mask_bw), statistics_vg = batch_norm.over_parts(
+                _each_part(read), sizes, attended_bk, x_bw, prior_bw
             )
             if train:
                 attention.norm.update(statistics_vg, sizes)
             if step + 1 < config.n_steps:
-                prior_bg = (config.gamma - mask_bg) * (1.0 if prior_bg is None else prior_bg)
-            out_bh = transformer(first_bh, shared, train=train)
+                prior_bw = (config.gamma - mask_bw) * (1.0 if prior_bw is None else prior_bw)
+            with jax.named_scope("transformer"):
+                out_bh = transformer(first_bh, shared, train=train)
             outputs.append(jax.nn.relu(out_bh[:, : config.n_d]))
             attended_bk = out_bh[:, config.n_d :]
-            masks.append(mask_bg)
+            masks.append(mask_bw)
             entropies.append(entropy_b)
         return _Encoding(sum(outputs[1:], outputs[0]), sum(entropies) / config.n_steps, masks, outputs)
 
-    def _input_affine(self, x_bg: Array, train: bool) -> tuple[Array, Array]:
-        """Return the scale and shift (g,) of the first batch norm, which is over the whole batch."""
-        if not train:
-            return self.input_norm.running_affine()
-        statistics_g = batch_norm.moments(x_bg)
-        statistics_vg = jax.tree.map(lambda value: value[None, :], statistics_g)
-        self.input_norm.update(statistics_vg, [x_bg.shape[0]])
-        return self.input_norm.affine(statistics_g)
+    def _input_affine(self, x_bw: Array, train: bool) -> tuple[Array, Array]:
+        """Return the scale and shift (w,) of the first batch norm, which is over the whole batch."""
+        affine = self.input_norm.running_affine()
+        if train:
+            n_genes = len(affine[0])
+            statistics_g = jax.tree.map(lambda value: value[:n_genes], batch_norm.moments(x_bw))
+            statistics_vg = jax.tree.map(lambda value: value[None, :], statistics_g)
+            self.input_norm.update(statistics_vg, [x_bw.shape[0]])
+            affine = self.input_norm.affine(statistics_g)
+        scale_w, shift_w = (widened(value, x_bw.shape[1]) for value in affine)
+        return scale_w, shift_w
 
 
 class Transformer(nnx.Module):
@@ -252,10 +260,26 @@ class Transformer(nnx.Module):
     def __call__(self, first_bh: Float[Array, "b h"], shared: list[Array], *, train: bool) -> Float[Array, "b half_h"]:
         """Transform the product of the input with the first kernel."""
         kernels = shared + [kernel[...] for kernel in self.kernels]
-        y_bh = _glu(self.norms[0](first_bh, train=train))
+        y_bh, same_bh = _gated(self.norms[0], first_bh, None, train)
         for kernel, norm in zip(kernels[1:], self.norms[1:], strict=True):
-            y_bh = (y_bh + _glu(norm(_product(y_bh, kernel, self.precision), train=train))) * _RESIDUAL_SCALE
+            y_bh, same_bh = _gated(norm, self.precision.product(y_bh, kernel), same_bh, train)
         return y_bh
+
+
+def _gated(norm: BatchNorm, product_bh: Array, residual_bu: Array | None, train: bool) -> tuple[Array, Array]:
+    """Return what a gated layer makes of its product and of what it has read, twice; see :func:`gated_norm`."""
+    sizes = batch_norm.part_sizes(product_bh.shape[0], norm.virtual_batch_size)
+    if train and sizes[0] <= MAX_ROWS and _in_one_pass():
+
+        def gate(product_vnh: Array, residual_vnu: Array | None) -> tuple[Any, batch_norm.Moments]:
+            return gated_norm(product_vnh, norm.weight[...], norm.bias[...], residual_vnu)
+
+        rows_bu, statistics_vh = batch_norm.over_parts(gate, sizes, product_bh, residual_bu)
+        norm.update(statistics_vh, sizes)
+        return rows_bu
+    gated_bu = _glu(norm(product_bh, train=train))
+    y_bu = gated_bu if residual_bu is None else (residual_bu + gated_bu) * RESIDUAL_SCALE
+    return y_bu, y_bu
 
 
 class Attention(nnx.Module):
@@ -282,8 +306,8 @@ class Attention(nnx.Module):
 
     def reader(
         self,
-        scale_g: Float[Array, "g"],
-        shift_g: Float[Array, "g"],
+        scale_w: Float[Array, "w"],
+        shift_w: Float[Array, "w"],
         first_kernel_gh: Float[Array, "g h"],
         precision: Precision,
         mask_type: str,
@@ -293,22 +317,39 @@ class Attention(nnx.Module):
     ) -> Callable[..., tuple[Any, Any]]:
         """Return the function that selects the genes of one ghost batch and multiplies them with the first kernel.
 
-        It takes attended (n, k), x (n, g) and the prior (n, g) or None, and returns ((product (n, h), negative entropy
-        (n,), mask (n, g) or None), moments (g,) or None). It changes nothing, so that it can be mapped and recomputed.
+        It takes attended (n, k), x (n, w) and the prior (n, w) or None, and returns ((product (n, h), negative entropy
+        (n,), mask (n, w) or None), moments (g,) or None). It changes nothing, so that it can be mapped and recomputed.
         """
-        kernel_kg, select = self.kernel[...], _SELECTORS[mask_type]
+        kernel_kg, width = self.kernel[...], len(scale_w)
+        n_more = width - kernel_kg.shape[1]
+        kernel_kw, first_kernel_wh = jnp.pad(kernel_kg, ((0, 0), (0, n_more))), widened(first_kernel_gh, width)
 
-        def read(attended_nk: Array, x_ng: Array, prior_ng: Array | None) -> tuple[Any, Any]:
-            statistics_g = _moments_of_product(attended_nk, kernel_kg) if train else None
-            scale, shift = self.norm.running_affine() if statistics_g is None else self.norm.affine(statistics_g)
-            scores_ng = _product_shift(attended_nk, scale[None, :] * kernel_kg, shift, precision)
-            mask_ng = select(scores_ng if prior_ng is None else scores_ng * prior_ng)
-            negative_entropy_n = jnp.sum(mask_ng * jnp.log(mask_ng + _EPSILON), 1)
-            selected_ng = mask_ng * batch_norm.scale_shift(x_ng, scale_g, shift_g)
-            product_nh = _product(selected_ng, first_kernel_gh, precision)
-            return (product_nh, negative_entropy_n, mask_ng if keep_mask else None), statistics_g
+        def read(attended_nk: Array, x_nw: Array, prior_nw: Array | None) -> tuple[Any, Any]:
+            with jax.named_scope("attention"):
+                statistics_g = _moments_of_product(attended_nk, kernel_kg) if train else None
+                affine = self.norm.running_affine() if statistics_g is None else self.norm.affine(statistics_g)
+                scale, shift = widened(affine[0], width), jnp.pad(affine[1], (0, n_more), constant_values=_NEVER)
+            with jax.named_scope("select"):
+                if _in_one_pass() and prior_nw is None and not keep_mask:
+                    mask_nw, rows = (
+                        None,
+                        (precision.product(attended_nk, kernel_kw), scale, shift, x_nw, scale_w, shift_w),
+                    )
+                    selected_nw, negative_entropy_n = select_genes(*rows, mask_type, precision.dtype)
+                else:
+                    scores_nw = _product_shift(attended_nk, scale[None, :] * kernel_kw, shift, precision)
+                    mask_nw = _SELECTORS[mask_type](scores_nw if prior_nw is None else scores_nw * prior_nw)
+                    selected_nw = mask_nw * batch_norm.scale_shift(x_nw.astype(jnp.float32), scale_w, shift_w)
+                    negative_entropy_n = jnp.sum(mask_nw * jnp.log(mask_nw + EPSILON), 1)
+                product_nh = precision.product(selected_nw, first_kernel_wh)
+            return (product_nh, negative_entropy_n, mask_nw if keep_mask else None), statistics_g
 
         return read
+
+
+def _in_one_pass() -> bool:
+    """Say whether genes are selected by a kernel for a GPU, which is for one device."""
+    return jax.default_backend() == "gpu" and jax.device_count() == 1
 
 
 def _each_part(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -336,20 +377,15 @@ def _moments_of_product(x_nk: Array, kernel_kg: Array) -> batch_norm.Moments:
     return batch_norm.Moments(mean_g, batch_norm.column_mean(spread_kg) * kernel_kg.shape[0])
 
 
-def _product(x: Array, kernel: Array, precision: Precision) -> Array:
-    operands = x.astype(precision.dtype), kernel.astype(precision.dtype)
-    return jnp.matmul(*operands, precision=precision.matmul, preferred_element_type=jnp.float32)
-
-
 def _product_shift(x_nk: Array, kernel_kg: Array, shift_g: Array, precision: Precision) -> Array:
     """Return x W + shift: in full float32 as one product, so that no second pass over (n, g) adds the shift.
 
     Its gradient comes with that of W, too. In a product of lower precision the shift would be rounded, so it is added.
     """
     if precision.matmul != jax.lax.Precision.HIGHEST:
-        return _product(x_nk, kernel_kg, precision) + shift_g[None, :]
+        return precision.product(x_nk, kernel_kg) + shift_g[None, :]
     ones_n1 = jnp.ones((x_nk.shape[0], 1), x_nk.dtype)
-    return _product(jnp.concatenate([x_nk, ones_n1], 1), jnp.concatenate([kernel_kg, shift_g[None, :]]), precision)
+    return precision.product(jnp.concatenate([x_nk, ones_n1], 1), jnp.concatenate([kernel_kg, shift_g[None, :]]))
 
 
 def _glu(x_bh: Array) -> Array:

@@ -91,12 +91,16 @@ def column_mean(x: Float[Array, "*v n h"]) -> Float[Array, "*v h"]:
     >>> column_mean(jnp.array([[1.0, 2.0], [3.0, 6.0]])).tolist()
     [2.0, 4.0]
     """
-    return _column_sum(x) / x.shape[-2]
+    # A power of two is divided by in the row of ones, exactly: a GPU would divide the sums in a program of their own.
+    n_rows = x.shape[-2]
+    power = 1 << (n_rows - 1).bit_length()
+    sums = _column_sum(x, 1 / power)
+    return sums if n_rows == power else sums / (n_rows / power)
 
 
-def _column_sum(x: Array) -> Array:
-    ones = jnp.ones((*x.shape[:-2], 1, x.shape[-2]), x.dtype)
-    return jnp.matmul(ones, x, precision=jax.lax.Precision.HIGHEST)[..., 0, :]
+def _column_sum(x: Array, weight: float = 1.0) -> Array:
+    weights = jnp.full((*x.shape[:-2], 1, x.shape[-2]), weight, x.dtype)
+    return jnp.matmul(weights, x, precision=jax.lax.Precision.HIGHEST)[..., 0, :]
 
 
 def moments(x: Float[Array, "*v n h"]) -> Moments:

@@ -30,8 +30,8 @@ from hce_jax.typing import Array, Float
 #: Under this name ``jax.checkpoint`` can keep the thresholds: recomputing a row from them needs no Newton steps.
 THRESHOLD = "entmax_threshold"
 
-_MAX_STEPS = 40
-_TOLERANCE = 2.0**-22  # thresholds lie in [-1, 0): two units in the last place
+MAX_STEPS = 40
+TOLERANCE = 2.0**-22  # thresholds lie in [-1, 0): two units in the last place
 _N_SLICES = 8
 _MIN_SLICE = 16
 
@@ -148,7 +148,7 @@ def _newton(step: Callable[[Array], Array], tau: Array) -> Array:
 
     def moving(state: tuple[Array, Array, Array]) -> Array:
         _, last, count = state
-        return jnp.any(last > _TOLERANCE) & (count < _MAX_STEPS)
+        return jnp.any(last > TOLERANCE) & (count < MAX_STEPS)
 
     def advance(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         tau, _, count = state

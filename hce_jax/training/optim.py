@@ -4,24 +4,48 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from hce_jax.typing import Array, Float
+
 #: PyTorch's clip_grad_norm_ adds this to the norm before it divides.
 _CLIP_EPSILON = 1e-6
+#: Elements up to which an array is read in less time than a kernel of its own takes to start.
+_SMALL = 2**17
 
 
 def step_schedule(learning_rate: float, gamma: float, step_size: int, steps_per_epoch: int) -> optax.Schedule:
     """Return the learning rate as a function of the step: times ``gamma`` after every ``step_size`` epochs.
 
-    PyTorch's ``StepLR``, called once per epoch after its last step (golden README, surprise 5).
+    PyTorch's ``StepLR``, called once per epoch after its last step (golden README, surprise 5). Asked for a step that
+    is a number, it computes on the host: whoever logs the rate does not wait for the devices.
 
     Examples
     --------
     >>> schedule = step_schedule(1.0, gamma=0.5, step_size=1, steps_per_epoch=10)
-    >>> [float(schedule(step)) for step in (0, 9, 10)]
+    >>> [schedule(step) for step in (0, 9, 10)]
     [1.0, 1.0, 0.5]
     """
     # More steps than int32 holds are never taken.
     steps = min(step_size * steps_per_epoch, 2**31 - 1)
-    return optax.exponential_decay(learning_rate, steps, gamma, staircase=True)
+    return lambda step: learning_rate * gamma ** (step // steps)
+
+
+def global_norm(tree: optax.Updates) -> Float[Array, ""]:
+    """Return the Euclidean norm over all arrays of a tree together, sqrt(sum x^2).
+
+    ``optax.tree.norm`` but for rounding. That sums each array in a kernel or two of its own; here the small ones are
+    joined first and summed as one.
+
+    Examples
+    --------
+    >>> float(global_norm({"bias": jnp.array([3.0]), "kernel": jnp.array([[4.0]])}))
+    5.0
+    """
+    leaves = jax.tree.leaves(tree)
+    parts = [leaf for leaf in leaves if leaf.size > _SMALL]
+    small = [leaf.ravel() for leaf in leaves if leaf.size <= _SMALL]
+    if small:
+        parts.append(jnp.concatenate(small))
+    return jnp.sqrt(sum(jnp.sum(jnp.square(part)) for part in parts))
 
 
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
@@ -38,7 +62,7 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     """
 
     def clip(updates: optax.Updates, params: optax.Params | None) -> optax.Updates:
-        scale = jnp.minimum(1.0, max_norm / (optax.tree.norm(updates) + _CLIP_EPSILON))
+        scale = jnp.minimum(1.0, max_norm / (global_norm(updates) + _CLIP_EPSILON))
         return jax.tree.map(lambda update: update * scale, updates)
 
     return optax.stateless(clip)

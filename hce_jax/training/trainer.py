@@ -24,10 +24,12 @@ from hce_jax.input import (
     batches_per_epoch,
     dense_batch,
     place_cells,
+    row_width,
 )
 from hce_jax.models import build_model, model_config
 from hce_jax.progress import progress
 from hce_jax.store import Split, Store
+from hce_jax.training.augment import widened_vectors
 from hce_jax.training.mesh import batch_sharding, check_ghost_batches, data_mesh, replicated
 from hce_jax.training.optim import published_optimizer, step_schedule
 from hce_jax.training.steps import (
@@ -41,7 +43,7 @@ from hce_jax.training.steps import (
     make_train_step,
     state_of_arrays,
 )
-from hce_jax.typing import Key, resolve_precision
+from hce_jax.typing import Key, Variables, resolve_precision
 
 
 class Trainer:
@@ -87,7 +89,8 @@ class Trainer:
         self._optimizer = published_optimizer(self.schedule, config.weight_decay, config.gradient_clip_val)
         self._weights = jnp.asarray(side.class_weights(config.class_weights_filename))
         self._reachability = jnp.asarray(side.reachability)
-        augmentations = side.augmentations() if config.augment_training_data else None
+        self._width = row_width(side.n_genes)
+        augmentations = widened_vectors(side.augmentations(), self._width) if config.augment_training_data else None
         self._augmentations = jax.device_put(augmentations, self._replicated)
         keys = [jax.random.split(jax.random.key(member.seed)) for member in self.configs]
         self._graphdef, state = init_state([self._build(init_key) for init_key, _ in keys], self._optimizer)
@@ -120,7 +123,7 @@ class Trainer:
 
     def _empty_batch(self) -> DenseBatch:
         n_cells = self.config.batch_size
-        x = jnp.zeros((n_cells, self.store.side.n_genes))
+        x = jnp.zeros((n_cells, self._width))
         return DenseBatch(x, jnp.zeros(n_cells, jnp.int32), jnp.ones(n_cells, bool))
 
     def training_batches(self, epoch: int) -> grain.IterDataset:
@@ -155,8 +158,8 @@ class Trainer:
         eval_step: Any,
         cells: StreamedSplit | ResidentSplit,
         split: Split,
-        params: nnx.State,
-        stats: nnx.State,
+        params: Variables,
+        stats: Variables,
         watch: Callable[[int], object],
     ) -> list[Evaluation]:
         n_batches = -(-split.n_cells // self.config.batch_size)
@@ -253,7 +256,7 @@ class Trainer:
 
     def summary(self) -> str:
         """Describe data, models and devices for a person."""
-        config, side, params = self.config, self.store.side, nnx.to_pure_dict(self.state.params)
+        config, side, params = self.config, self.store.side, self.state.params
         sizes = {name: sum(leaf[0].size for leaf in jax.tree.leaves(part)) for name, part in params.items()}
         parts = ", ".join(f"{name} {size:,}" for name, size in sizes.items()) if len(sizes) > 1 else ""
         hosts = f" on {jax.process_count()} hosts" if jax.process_count() > 1 else ""

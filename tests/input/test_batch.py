@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.sparse as sp
-from coded_cells import N_GENES, N_TYPES, block_of, check_rows, coded_split, counts_of, label_of
+from coded_cells import N_GENES, N_TYPES, block_of, check_rows, coded_split, counts_of, expression, label_of
 from flax import nnx
 
 from hce_jax.errors import ConfigError, StoreError
-from hce_jax.input import ResidentSplit, Shuffle, StreamedSplit, batch_of_values, dense_batch, densify
+from hce_jax.input import ResidentSplit, Shuffle, StreamedSplit, batch_of_values, dense_batch, densify, row_width
 from hce_jax.input.batch import Capacity, capacities, check_batch_fits, make_batch, smallest_capacity
 from hce_jax.models import build_model
 from hce_jax.store import Block, Entries, HeldSplit
@@ -53,6 +53,38 @@ def test_a_batch_is_dense_again_whatever_its_parts_and_its_other_rows_are_zero(n
     assert not x[n_cells:].any()
     assert batch.real.tolist() == [True] * n_cells + [False] * (12 - n_cells)
     assert not batch.targets[n_cells:].any()
+
+
+@pytest.mark.parametrize(
+    ("backend", "widths"), [("cpu", [1, 127, 128, 129, 19331]), ("gpu", [128, 128, 128, 256, 19456])]
+)
+def test_rows_are_as_wide_as_the_genes_on_a_cpu_and_whole_lines_elsewhere(backend, widths, monkeypatch):
+    assert [row_width(n_genes, backend) for n_genes in (1, 127, 128, 129, 19331)] == widths
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    assert row_width(19331) == widths[-1]
+
+
+@pytest.mark.parametrize("width", [N_GENES, N_GENES + 1, 640])
+@pytest.mark.parametrize("n_parts", [1, 3])
+def test_a_wide_batch_has_the_same_cells_and_zeros_after_their_genes(n_parts, width):
+    cells = np.arange(11)
+    batch = make_batch(pieces_of(cells), 12, ROOM, n_parts)
+    expected = np.zeros((12, width), np.float32)
+    expected[:11, :N_GENES] = expression(cells)
+    x = np.asarray(densify(batch, width))
+    np.testing.assert_allclose(x, expected, rtol=0, atol=1.1e-6)
+    assert not x[:, N_GENES:].any()
+    np.testing.assert_array_equal(x[:, :N_GENES], densify(batch))
+
+
+def test_a_dense_batch_is_as_wide_as_the_backend_wants_it(monkeypatch):
+    batch, sharding = jax.device_put(make_batch(pieces_of(np.arange(12)), 12, ROOM)), batch_sharding(data_mesh(), 12)
+    narrow = dense_batch(batch, sharding)
+    assert narrow.x.shape == (12, N_GENES)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    wide = dense_batch(batch, sharding)
+    assert wide.x.shape == (12, 640)
+    np.testing.assert_array_equal(wide.x[:, :N_GENES], narrow.x)
 
 
 def test_values_are_kept_bit_for_bit():
@@ -124,6 +156,16 @@ def test_a_batch_whose_places_int32_cannot_number_is_refused():
     most = (2**31 - 1) // max(N_GENES, split.count_entries.most, split.value_entries.most)
     check_batch_fits(split, most)
     with pytest.raises(ConfigError, match=f"a batch of {most + 1} cells a device is too large.* at most {most} fit"):
+        check_batch_fits(split, most + 1)
+
+
+def test_places_are_counted_in_rows_as_wide_as_they_will_be(monkeypatch):
+    side = dataclasses.replace(coded_split([8]).side, gene_ids=("G",) * 5000)  # more than any cell has entries
+    split, most = HeldSplit("train", side, (block_of(np.arange(8)),)), (2**31 - 1) // 5120
+    check_batch_fits(split, most + 1)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    check_batch_fits(split, most)
+    with pytest.raises(ConfigError, match=f"at most {most} fit"):
         check_batch_fits(split, most + 1)
 
 

@@ -1,3 +1,4 @@
+import jax
 import numpy as np
 import pytest
 from coded_cells import block_of, expression
@@ -16,6 +17,16 @@ def test_both_forms_have_each_cell_s_expression(n_cells, as_values):
     assert len(dense) == rows_in_steps(n_cells)
     np.testing.assert_allclose(dense[:n_cells], expression(np.arange(n_cells)), atol=1.1e-6)
     assert not dense[n_cells:].any()
+
+
+def test_dense_rows_are_as_wide_as_the_backend_wants_them(monkeypatch):
+    block = block_of(np.arange(7))
+    narrow = Expression(block).dense
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    wide = Expression(block).dense
+    assert wide.shape == (8, 640)
+    np.testing.assert_array_equal(wide[:, : narrow.shape[1]], narrow)
+    assert not wide[:, narrow.shape[1] :].any()
 
 
 def test_each_form_is_made_once():

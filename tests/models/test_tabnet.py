@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 from networks import assert_running_statistics, assert_within_noise, compiled, golden_config, golden_model
 
+from hce_jax import models
 from hce_jax.errors import ConfigError
 from hce_jax.models import TabNet, TabNetConfig, model_config
 from hce_jax.ops import batch_norm, entmax15, sparsemax
@@ -104,6 +105,40 @@ def plain_logits(model, x):
     return embedding @ model.head[...]
 
 
+def step_of(n_cells, width=200, **config):
+    """Give loss, statistics and gradients of a step of training."""
+    model = tabnet(n_independent=1, n_shared=1, virtual_batch_size=16, lambda_sparse=0.1, **config)
+    graphdef, params, stats = nnx.split(model, nnx.Param, ...)
+    x = jnp.pad(cells(n_cells), ((0, 0), (0, width - 200)))
+
+    def loss(params):
+        model = nnx.merge(graphdef, params, stats, copy=True)
+        logits, auxiliary = model(x, train=True)
+        weights = jnp.arange(1.0, 1 + logits.size).reshape(logits.shape) / logits.size
+        return (weights * logits**2).mean() + auxiliary.mean(), nnx.state(model, nnx.BatchStat)
+
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "n_cells", "config"),
+    [
+        (True, 29, {}),  # ghost batches of 15 and 14 rows
+        (True, 32, {"mask_type": "sparsemax"}),
+        (False, 29, {"n_steps": 2}),
+    ],
+)
+def test_genes_selected_by_the_kernel_from_wide_rows_give_the_same_step(monkeypatch, kernel, n_cells, config):
+    plain = step_of(n_cells, **config)
+    if kernel:
+        monkeypatch.setattr(models.tabnet, "_in_one_pass", lambda: True)
+        monkeypatch.setattr(models.tabnet, "_each_part", jax.vmap)
+    found = step_of(n_cells, width=256, **config)
+    assert jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, plain)
+    for value, expected in zip(jax.tree.leaves(found), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_allclose(value, expected, atol=1e-5 * max(np.abs(expected).max(), 1e-2))
+
+
 def test_one_ghost_batch_at_a_time_and_all_at_once_give_the_same_step(monkeypatch):
     def step():
         model = tabnet(n_independent=1, n_shared=1, virtual_batch_size=16)
@@ -119,7 +154,7 @@ def test_one_ghost_batch_at_a_time_and_all_at_once_give_the_same_step(monkeypatc
         return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
 
     mapped = step()
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     at_once = step()
     for found, expected in zip(jax.tree.leaves(mapped), jax.tree.leaves(at_once), strict=True):
         np.testing.assert_allclose(found, expected, atol=1e-3)

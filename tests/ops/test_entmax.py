@@ -89,7 +89,7 @@ def test_newton_reaches_the_threshold_from_its_worst_start_within_the_proven_num
     for _ in range(29):  # log4(D^2 / 1e-7), the bound of the module's docstring
         last = jnp.maximum(step(shifted, tau), 0)
         tau = tau + last
-    assert float(last.max()) <= entmax._TOLERANCE
+    assert float(last.max()) <= entmax.TOLERANCE
 
 
 @pytest.mark.parametrize("name", SELECTORS)

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hce_jax.training.augment import apply_augmentations, augment
+from hce_jax.training.augment import apply_augmentations, augment, widened_vectors
 
 
 @pytest.mark.golden("augment")
@@ -30,6 +30,18 @@ def test_vectors_and_signs_are_drawn_uniformly_and_independently_for_each_cell()
 def test_the_key_decides():
     np.testing.assert_array_equal(drawn(50, seed=3), drawn(50, seed=3))
     assert not np.array_equal(drawn(50, seed=3), drawn(50, seed=4))
+
+
+def test_wide_cells_are_moved_as_narrow_ones_and_their_last_columns_stay_zero():
+    rng = np.random.default_rng(0)
+    x, vectors = rng.gamma(1, 1, (40, 5)).astype(np.float32), rng.normal(0, 3, (6, 5)).astype(np.float32)
+    wide_x, wide_vectors = np.zeros((40, 8), np.float32), widened_vectors(vectors, 8)
+    wide_x[:, :5] = x
+    np.testing.assert_array_equal(wide_vectors[:, :5], vectors)
+    moved = augment(jnp.asarray(wide_x), jnp.asarray(wide_vectors), jax.random.key(2))
+    np.testing.assert_array_equal(moved[:, :5], augment(jnp.asarray(x), jnp.asarray(vectors), jax.random.key(2)))
+    np.testing.assert_array_equal(moved[:, 5:], np.zeros((40, 3)))
+    assert widened_vectors(vectors, 5) is vectors
 
 
 def test_values_stay_between_zero_and_nine():

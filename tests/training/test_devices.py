@@ -41,7 +41,7 @@ CASES = {
     "two linear": (linear_ce, {"losses": ("ce", "hce")}, "cpu"),
     "mlp": (mlp_ce, MLP, "cpu"),
     "tabnet": (tabnet_hce, TABNET, "cpu"),
-    "tabnet, ghost batches all at once": (tabnet_ce, TABNET, "gpu"),
+    "tabnet, ghost batches all at once": (tabnet_ce, TABNET, "tpu"),
 }
 
 
@@ -100,7 +100,7 @@ def pmapped(store_path):
         return optax.apply_updates(params, updates), opt_state, loss
 
     update = jax.pmap(update, axis_name="devices", in_axes=(None, None, 0, 0), out_axes=None)
-    params = {name: value[...][0] for name, value in whole.state.params["linear"].items()}
+    params = {name: value[0] for name, value in whole.state.params["linear"].items()}
     opt_state, losses = optimizer.init(params), []
     for epoch in range(2):
         for packed in whole.training_batches(epoch):
@@ -115,7 +115,7 @@ def sharded(store_path):
     """Train the linear model, two epochs with the published optimiser."""
     whole = trainer.Trainer([small(linear_ce, store_path)], open_store(store_path))
     losses = [whole.step(batch).loss[0] for epoch in range(2) for batch in whole.training_batches(epoch)]
-    return {"loss": np.stack(losses), **{name: value[...][0] for name, value in whole.state.params["linear"].items()}}
+    return {"loss": np.stack(losses), **{name: value[0] for name, value in whole.state.params["linear"].items()}}
 
 
 def fitted(store_path):

@@ -9,7 +9,7 @@ from networks import golden_config, golden_model, under
 
 from hce_jax.hierarchy import correct_predictions
 from hce_jax.input import DenseBatch
-from hce_jax.models import model_config
+from hce_jax.models import model_config, split_model
 from hce_jax.torch_import import params_from_state_dict
 from hce_jax.training.optim import published_optimizer, step_schedule
 from hce_jax.training.steps import Objective, evaluate, init_state, make_eval_step, make_train_step
@@ -52,7 +52,7 @@ def check_arranged(golden, model_type, found, prefix, base):
         return nnx.traversals.flatten_mapping(params_from_state_dict(model_type, filled, config))
 
     expected, noise = arranged(prefix), arranged(f"noise/{prefix}", default=0.0)
-    flat = nnx.traversals.flatten_mapping(nnx.to_pure_dict(found))
+    flat = nnx.traversals.flatten_mapping(found)
     compared = [path for path in flat if not (model_type == "mlp" and irreproducible(path))]
     assert len(compared) >= len(flat) / 2
     for path in compared:
@@ -86,7 +86,7 @@ def check_trajectory(golden, model_type):
 
 def check_first_gradient(golden, model_type):
     arrays, objective = golden.arrays, objective_of(golden)
-    graphdef, params, stats = nnx.split(golden_model(golden, model_type), nnx.Param, ...)
+    graphdef, params, stats = split_model(golden_model(golden, model_type))
 
     def loss_of(params):
         logits, auxiliary = nnx.merge(graphdef, params, stats, copy=True)(jnp.asarray(arrays["x"][0]), train=True)
@@ -98,7 +98,7 @@ def check_first_gradient(golden, model_type):
 def check_validation(golden, model_type):
     arrays = golden.arrays
     model = golden_model(golden, model_type, prefix="params_final/")
-    graphdef, params, stats = nnx.split(model, nnx.Param, ...)
+    graphdef, params, stats = split_model(model)
     logits, _ = jax.jit(lambda x: nnx.merge(graphdef, params, stats, copy=True)(x))(jnp.asarray(arrays["val_x"]))
     np.testing.assert_allclose(logits, arrays["val_logits"], atol=2e-5, rtol=0)
     predictions = np.asarray(logits).argmax(1)
