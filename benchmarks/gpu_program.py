@@ -32,6 +32,8 @@ from scaling import LOOP_TRIPS, N_VECTORS, lower_step, packed_batch
 from stand_ins import stand_in
 from step import HYPER_PARAMETERS, MODELS
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # hce_jax need not be installed
+
 #: Assumed bytes/s of a kernel that streams: nine tenths of an H200's 4.8 TB/s.
 MEMORY_RATE = 4.3e12
 #: Assumed operations/s of the matrix products: eight tenths of the dense peaks of its data sheet.

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from hce_jax.errors import ConfigError
 from hce_jax.models.layers import BatchNorm, widened
@@ -260,21 +261,24 @@ class Transformer(nnx.Module):
     def __call__(self, first_bh: Float[Array, "b h"], shared: list[Array], *, train: bool) -> Float[Array, "b half_h"]:
         """Transform the product of the input with the first kernel."""
         kernels = shared + [kernel[...] for kernel in self.kernels]
-        y_bh, same_bh = _gated(self.norms[0], first_bh, None, train)
+        dtype = self.precision.dtype
+        y_bh, same_bh = _gated(self.norms[0], first_bh, None, dtype, train)
         for kernel, norm in zip(kernels[1:], self.norms[1:], strict=True):
-            y_bh, same_bh = _gated(norm, self.precision.product(y_bh, kernel), same_bh, train)
-        return y_bh
+            y_bh, same_bh = _gated(norm, self.precision.product(y_bh, kernel), same_bh, dtype, train)
+        return same_bh
 
 
-def _gated(norm: BatchNorm, product_bh: Array, residual_bu: Array | None, train: bool) -> tuple[Array, Array]:
+def _gated(
+    norm: BatchNorm, product_bh: Array, residual_bu: Array | None, dtype: DTypeLike, train: bool
+) -> tuple[Array, Array]:
     """Return what a gated layer makes of its product and of what it has read, twice; see :func:`gated_norm`."""
     sizes = batch_norm.part_sizes(product_bh.shape[0], norm.virtual_batch_size)
     if train and sizes[0] <= MAX_ROWS and _in_one_pass():
 
         def gate(product_vnh: Array, residual_vnu: Array | None) -> tuple[Any, batch_norm.Moments]:
-            return gated_norm(product_vnh, norm.weight[...], norm.bias[...], residual_vnu)
+            return gated_norm(product_vnh, norm.weight[...], norm.bias[...], residual_vnu, dtype)
 
-        rows_bu, statistics_vh = batch_norm.over_parts(gate, sizes, product_bh, residual_bu)
+        rows_bu, statistics_vh = batch_norm.over_parts(batch_norm.on_own_parts(gate), sizes, product_bh, residual_bu)
         norm.update(statistics_vh, sizes)
         return rows_bu
     gated_bu = _glu(norm(product_bh, train=train))
@@ -348,8 +352,8 @@ class Attention(nnx.Module):
 
 
 def _in_one_pass() -> bool:
-    """Say whether genes are selected by a kernel for a GPU, which is for one device."""
-    return jax.default_backend() == "gpu" and jax.device_count() == 1
+    """Say whether there are kernels for what is otherwise many passes over the cells."""
+    return jax.default_backend() == "gpu"
 
 
 def _each_part(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -359,6 +363,8 @@ def _each_part(function: Callable[..., Any]) -> Callable[..., Any]:
     the masks instead of writing and reading those of the whole batch. Where the parts lie on several devices, to take
     one after the other would bring all of them to each.
     """
+    if _in_one_pass():
+        return batch_norm.on_own_parts(jax.vmap(function))
     if jax.default_backend() != "cpu" or jax.device_count() > 1:
         return jax.vmap(function)
     policy = jax.checkpoint_policies.save_only_these_names(THRESHOLD)

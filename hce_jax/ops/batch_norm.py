@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from hce_jax.errors import ConfigError
 from hce_jax.typing import Array, Float
@@ -77,6 +78,24 @@ def over_parts(function: Callable[..., tuple[Any, Any]], sizes: Sequence[int], *
     ]
     by_row = [jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), rows) for rows, _ in outputs]
     return _concatenate(by_row), _concatenate([parts for _, parts in outputs])
+
+
+def on_own_parts(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Let each device of the mesh in whose context this is traced apply a function to its own parts (v, ...).
+
+    So XLA need not know how to divide what the function calls, a kernel for instance. Values that the function closes
+    over lie on every device. Without a mesh, or on one device, it is the function itself.
+
+    Examples
+    --------
+    >>> on_own_parts(jnp.sin)(jnp.zeros(2)).tolist()
+    [0.0, 0.0]
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return function
+    parts = PartitionSpec(mesh.axis_names)
+    return jax.shard_map(function, in_specs=parts, out_specs=parts, check_vma=False)
 
 
 def _concatenate(trees: Sequence[Any]) -> Any:

@@ -1,10 +1,10 @@
 """TabNet's gated layers on a GPU: all that follows a layer's matrix product in one pass, and back in another.
 
-A gated layer is y = glu(norm(h)), or (r + glu(norm(h))) sqrt(1/2) with what it has read, r, added; h is a product of
-(cells, 2 u), norm a ghost batch norm in training and glu(z) = z_value sigmoid(z_gate), for the first and the second half
-of the units. One operation after the other, this is ten kernels that hold next to no bytes, and there are 16 such layers
-in a step. Here one program, for a ghost batch and a few units, keeps the columns of both halves in registers: it takes
-their moments, normalises, gates and adds. On the way back one more gives the gradients of h, weight and bias.
+A gated layer is y = glu(norm(h)), or (r + glu(norm(h))) sqrt(1/2) with what it has read, r, added: h is a product of
+(cells, 2 u), norm a ghost batch norm in training, and glu(z) = z_value sigmoid(z_gate) of the two halves of the units.
+One operation after the other, this is a dozen kernels that hold next to no bytes, and there are 16 such layers in a
+step. Here one program, for a ghost batch and a few units, keeps the columns of both halves in registers: it takes their
+moments, normalises, gates and adds. On the way back, one more gives the gradients of h, weight, bias and r.
 """
 
 import functools
@@ -15,17 +15,17 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
+from jax.typing import DTypeLike
 
 from hce_jax.ops.batch_norm import EPSILON, Moments
 from hce_jax.typing import Array, Float
 
 #: Of the sum of what a layer has read and what it makes of it, so that the variance stays.
 RESIDUAL_SCALE = 0.5**0.5
-#: Rows of a ghost batch that a program can keep in registers, and the most entries of a half that it does.
+#: Rows of a ghost batch that a program can keep in registers.
 MAX_ROWS = 1024
-_ENTRIES = 4096
-_MAX_UNITS = 16
-_N_WARPS = 8
+#: Warps of a program, the most units that it takes (64 bytes of a row), and the most entries of them (16 a thread).
+_N_WARPS, _MAX_UNITS, _ENTRIES = 8, 16, 4096
 
 
 class _Layer(NamedTuple):
@@ -37,18 +37,19 @@ class _Layer(NamedTuple):
     residual: Any
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def gated_norm(
     h_vnk: Float[Array, "v n k"],
     weight_k: Float[Array, "k"],
     bias_k: Float[Array, "k"],
     residual_vnu: Float[Array, "v n u"] | None,
+    dtype: DTypeLike,
 ) -> tuple[tuple[Float[Array, "v n u"], Float[Array, "v n u"]], Moments]:
     """Return y = (r + glu(z)) sqrt(1/2) for z = (h - mean) / sqrt(variance + 1e-5) weight + bias, and the moments of h.
 
     Without a residual r, glu(z) itself. Mean and biased variance are those of each column over the rows of its ghost
     batch, taken in two passes; through them as results no gradient passes. A Pallas kernel (Triton) on a GPU, the same
-    kernel interpreted elsewhere, in float32. For one device: XLA cannot divide it.
+    kernel interpreted elsewhere, that computes in float32. For one device: XLA cannot divide it.
 
     Parameters
     ----------
@@ -58,34 +59,40 @@ def gated_norm(
         Those of the batch norm.
     residual_vnu
         What is added, or None.
+    dtype
+        Of the rows for the next product.
 
     Returns
     -------
     tuple
-        The rows y (v, n, u), twice: for the next product and for the next sum. Their gradients so come back apart, and
-        are added in the kernel. Then mean and variance (v, k).
+        The rows y (v, n, u), twice: for the next product, and in float32 for the next sum. Their gradients so come back
+        apart, and are added in the kernel. Then mean and variance (v, k).
 
     Examples
     --------
     >>> h = jnp.array([[[1.0, 0.0], [3.0, 0.0]]])
-    >>> (y, _), moments = gated_norm(h, jnp.ones(2), jnp.zeros(2), None)
+    >>> (y, _), moments = gated_norm(h, jnp.ones(2), jnp.zeros(2), None, jnp.float32)
     >>> y.round(3).tolist(), moments.mean.tolist(), moments.variance.tolist()
     ([[[-0.5], [0.5]]], [[2.0, 0.0]], [[1.0, 0.0]])
     """
-    return _gate_forward(h_vnk, weight_k, bias_k, residual_vnu)[0]
+    return _gate_forward(h_vnk, weight_k, bias_k, residual_vnu, dtype)[0]
 
 
-def _gate_forward(*arguments: Array | None) -> tuple[tuple[tuple[Array, Array], Moments], tuple[_Layer, Moments]]:
-    layer = _Layer(*arguments)
+def _gate_forward(*arguments: Any) -> tuple[tuple[tuple[Array, Array], Moments], tuple[_Layer, Moments]]:
+    *inputs, dtype = arguments
+    layer = _Layer(*inputs)
     n_parts, n_rows, width = layer.h.shape
     by_part = jax.ShapeDtypeStruct((n_parts, width), jnp.float32)
-    outputs = jax.ShapeDtypeStruct((n_parts, n_rows, width // 2), jnp.float32), Moments(by_part, by_part)
-    y_vnu, moments = _call(_gate_kernel, outputs, layer)
-    return ((y_vnu, y_vnu), moments), (layer, moments)
+    # What is float32 anyway is written once.
+    types = [jnp.float32] if jnp.dtype(dtype) == jnp.float32 else [dtype, jnp.float32]
+    rows = [jax.ShapeDtypeStruct((n_parts, n_rows, width // 2), each) for each in types]
+    rows_vnu, mean_vk, variance_vk = _call(_gate_kernel, (rows, by_part, by_part), layer)
+    moments = Moments(mean_vk, variance_vk)
+    return ((rows_vnu[0], rows_vnu[-1]), moments), (layer, moments)
 
 
 def _gate_backward(
-    residuals: tuple[_Layer, Moments], gradient: tuple[tuple[Array, Array], Moments]
+    dtype: DTypeLike, residuals: tuple[_Layer, Moments], gradient: tuple[tuple[Array, Array], Moments]
 ) -> tuple[Array, Array, Array, Array | None]:
     layer, moments = residuals
     by_part = jax.ShapeDtypeStruct(moments.mean.shape, jnp.float32)
@@ -132,13 +139,13 @@ class _Columns:
     def load(self, ref: Any) -> Array:
         """Read the columns of (v, n, ...), (v, ...) or (...); zeros beyond the rows."""
         place, inside = self._place(ref)
-        value = triton.load(place, mask=inside, other=0.0)
+        value = triton.load(place, mask=inside, other=0.0).astype(jnp.float32)
         return value if len(ref.shape) == 3 else value[None, :]
 
     def store(self, ref: Any, value: Array) -> None:
         """Write the columns of (v, n, ...) or (v, ...)."""
         place, inside = self._place(ref)
-        triton.store(place, value if len(ref.shape) == 3 else value[0], mask=inside)
+        triton.store(place, (value if len(ref.shape) == 3 else value[0]).astype(ref.dtype), mask=inside)
 
     def centred(self, h: Array, mean: Array) -> Array:
         """Return h less its mean; zeros beyond the rows."""
@@ -156,7 +163,7 @@ def _halves(shape: tuple[int, ...], n_units: int) -> tuple[_Columns, _Columns]:
     return _Columns(n_rows, units, units < half), _Columns(n_rows, half + units, units < half)
 
 
-def _gate_kernel(shape: tuple[int, ...], n_units: int, layer: _Layer, y: Any, moments: Moments) -> None:
+def _gate_kernel(shape: tuple[int, ...], n_units: int, layer: _Layer, rows: list[Any], *moments: Any) -> None:
     halves, z = _halves(shape, n_units), []
     for columns in halves:
         h = columns.load(layer.h)
@@ -164,13 +171,14 @@ def _gate_kernel(shape: tuple[int, ...], n_units: int, layer: _Layer, y: Any, mo
         centred = columns.centred(h, mean)
         variance = columns.mean(centred * centred)
         z.append(centred * (columns.load(layer.weight) * jax.lax.rsqrt(variance + EPSILON)) + columns.load(layer.bias))
-        columns.store(moments.mean, mean)
-        columns.store(moments.variance, variance)
+        for ref, moment in zip(moments, (mean, variance), strict=True):
+            columns.store(ref, moment)
     value, gate = z
     gated = value * jax.nn.sigmoid(gate)
     if layer.residual is not None:
         gated = (halves[0].load(layer.residual) + gated) * RESIDUAL_SCALE
-    halves[0].store(y, gated)
+    for ref in rows:
+        halves[0].store(ref, gated)
 
 
 def _gate_backward_kernel(

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -197,7 +198,8 @@ def make_train_step(
                 with jax.named_scope("augment"):
                     x_bw = augment(x_bw, augmentations, augment_key)
             model = nnx.merge(graphdef, params, stats)  # its variables are its own: it updates statistics in place
-            logits_bc, auxiliary_b = model(x_bw, train=True, key=model_key)
+            with _context(replicated):
+                logits_bc, auxiliary_b = model(x_bw, train=True, key=model_key)
             return logits_bc, auxiliary_b.mean(), split_model(model)[2]
 
         def loss_of(params: Variables) -> tuple[Array, tuple[Array, Array, Variables]]:
@@ -222,6 +224,11 @@ def make_train_step(
         jax.jit(train_step, donate_argnums=0, out_shardings=replicated),
         augmentations=augmentations,
     )
+
+
+def _context(replicated: NamedSharding | None) -> AbstractContextManager[Any]:
+    """Tell what is traced inside over which devices its arrays are spread."""
+    return nullcontext() if replicated is None else jax.sharding.use_abstract_mesh(replicated.mesh.abstract_mesh)
 
 
 class _BatchEvaluation(NamedTuple):
@@ -252,7 +259,8 @@ def make_eval_step(
 
     def eval_step(params: Variables, stats: Variables, batch: DenseBatch) -> _BatchEvaluation:
         apply_member = jax.vmap(lambda params, stats: nnx.merge(graphdef, params, stats)(batch.x))
-        logits_ebc, auxiliary_eb = apply_member(params, stats)
+        with _context(replicated):
+            logits_ebc, auxiliary_eb = apply_member(params, stats)
         members = zip(objectives, logits_ebc, auxiliary_eb, strict=True)
         losses_e = [_loss_sum(own, logits_bc, auxiliary_b, batch) for own, logits_bc, auxiliary_b in members]
         return _BatchEvaluation(jnp.stack(losses_e), _corrected_counts(objectives[0], logits_ebc, batch))

@@ -19,6 +19,7 @@ from configs import linear_ce, mlp_ce, tabnet_ce, tabnet_hce
 from hce_jax.checkpoint import load_model
 from hce_jax.errors import ConfigError
 from hce_jax.input import dense_batch
+from hce_jax.models import tabnet
 from hce_jax.store import open_store
 from hce_jax.training import trainer
 from hce_jax.training.config import member_configs
@@ -36,12 +37,15 @@ TABNET = {"n_d": 8, "n_a": 4, "n_steps": 1, "n_independent": 0, "n_shared": 2, "
 #: Several times float32's rounding (6e-8), for sums over 64 cells and variances up to 20 that four steps go through;
 #: measured: 1.5e-5 at most, in one norm of TabNet's gradients.
 TOLERANCE = 5e-5
+#: In the place of a backend: the kernels for a GPU, interpreted.
+KERNELS = "kernels"
 #: Configuration, changes, and the backend that TabNet is told: on a CPU it takes ghost batches one after the other.
 CASES = {
     "two linear": (linear_ce, {"losses": ("ce", "hce")}, "cpu"),
     "mlp": (mlp_ce, MLP, "cpu"),
     "tabnet": (tabnet_hce, TABNET, "cpu"),
     "tabnet, ghost batches all at once": (tabnet_ce, TABNET, "tpu"),
+    "tabnet, by kernels": (tabnet_hce, TABNET, KERNELS),
 }
 
 
@@ -71,7 +75,10 @@ def steps_of(case, store_path):
     config = small(module, store_path, augment_training_data=True, **changes)
     with ExitStack() as patches:
         patches.enter_context(mock.patch.object(trainer, "published_optimizer", return_value=optax.sgd(0.1)))
-        patches.enter_context(mock.patch.object(jax, "default_backend", return_value=backend))
+        if backend == KERNELS:
+            patches.enter_context(mock.patch.object(tabnet, "_in_one_pass", return_value=True))
+        else:
+            patches.enter_context(mock.patch.object(jax, "default_backend", return_value=backend))
         both = trainer.Trainer(member_configs(config), open_store(store_path))
         steps = [both.step(batch) for batch in both.training_batches(epoch=0)]
         val = both.validate(lambda _: None)
