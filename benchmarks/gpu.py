@@ -6,8 +6,10 @@
 
 It needs jax, flax and optax, and PyTorch for the peers; what else hce_jax imports may be absent (stand_ins.py), and
 hce_jax itself need not be installed. Sections come in the order of what they tell, and each row is printed as soon as
-it is known; what would not fit in the time is left out and named. The exit code is 1 if a row of ours failed.
+it is known; what would not fit in the time is left out and named. The exit code is 1 if a row of ours failed, or if
+what a fast path gives is wrong.
 
+- Before anything is timed, fast paths are checked against plain ones on inputs drawn anew (gpu_check.py).
 - A step of ours begins with packed cells in host memory: transfer, decoding, augmentation (MLP and TabNet, as
   published), forward, backward, clipping, AdamW; dispatched as training does it, with the metrics of a step read when
   the next one is under way, over several batches in turn. Inference begins there too and ends with probabilities in
@@ -30,6 +32,7 @@ import itertools
 import json
 import math
 import os
+import secrets
 import sys
 import tempfile
 import time
@@ -49,6 +52,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import gpu_check
 from benchmarks.gpu_floor import Card, Needs, needs
 from benchmarks.gpu_report import EPOCH_CELLS, SECTIONS, Report, columns, header, summary, targets
 from benchmarks.gpu_steps import Data, Training, in_turn, on_device, seconds_of, stage_seconds, take_turns
@@ -119,7 +123,10 @@ class Bench:
         self.training = functools.cache(functools.partial(Training, self.data))
 
     def run(self) -> None:
-        """Measure everything that there is time for."""
+        """Check the fast paths, then measure everything that there is time for."""
+        smaller = (16, 1, 1) if ON_CPU else ()  # there the kernels are interpreted
+        sizes = gpu_check.Sizes(self.options.genes, self.options.types, *smaller)
+        gpu_check.run(self.report, sizes, self.options.seed)
         with self.report.part("card", "the card") as go:
             if go:
                 self.card = measure_card(self.report, self.options.precisions, self.packed[self.batch][0], self.data)
@@ -397,6 +404,7 @@ def parse_args(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device_share", type=float, default=0.75, help="of the device's free memory, for cells")
     parser.add_argument("--minutes", type=float, default=8, help="for everything; what does not fit is left out")
     parser.add_argument("--peers", nargs="*", choices=["torch", "torch.compile"], default=["torch", "torch.compile"])
+    parser.add_argument("--seed", type=int, default=secrets.randbits(32), help="of the checks; anew in each run")
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=[*SECTIONS])
     parser.add_argument("--json", type=Path, help="file for all rows")
     options = parser.parse_args(arguments)

@@ -18,6 +18,7 @@ import optax
 import scipy.sparse as sp
 from flax import nnx
 
+from benchmarks.gpu_report import Report
 from benchmarks.simulated_cells import EXPRESSED, PlainBlock
 from benchmarks.step import HYPER_PARAMETERS
 from hce_jax.input import DenseBatch, dense_batch, row_width
@@ -77,13 +78,30 @@ class Check(NamedTuple):
         return f"{self.name}: {self.error:.1e}, limit {self.limit:.0e}, {verdict}"
 
 
+def run(report: Report, sizes: Sizes, seed: int) -> None:
+    """Print all checks; what is wrong is repeated at the end, and the run has failed.
+
+    Examples
+    --------
+    >>> run(Report(minutes=8), Sizes(n_genes=19331, n_types=164), seed=0)  # doctest: +SKIP
+    """
+    report.say(f"fast paths beside plain ones, --seed {seed}: norm of the difference / norm of what is right")
+    for name, case in cases(sizes, seed):
+        with report.part("check", name, f"check {name}") as go:
+            for result in case() if go else ():
+                report.row("check", str(result), **result._asdict(), ok=result.ok)
+                if not result.ok:
+                    report.failed = True
+                    report.notes.append(str(result))
+
+
 def cases(sizes: Sizes, seed: int) -> Iterator[tuple[str, Callable[[], Iterator[Check]]]]:
-    """Yield the name of each case, and what yields its checks.
+    """Yield the name of each case, and what yields its checks. The inputs of a case follow from the seed alone.
 
     Examples
     --------
     >>> for name, case in cases(Sizes(n_genes=200, n_types=9, n_cells=16), seed=0):  # doctest: +SKIP
-    ...     print(*case(), sep="\\n")
+    ...     print(name, all(check.ok for check in case()))
     """
     drawn = functools.partial(np.random.default_rng, seed)
     yield "decoding", lambda: decoding(sizes, drawn())
@@ -330,9 +348,11 @@ def _cpu() -> Sequence[jax.Device]:
 
 def _keeping_gradients() -> optax.GradientTransformation:
     """Return an optimiser whose state is the last gradients: the first step of AdamW is little more than their sign."""
-    return optax.GradientTransformation(
-        lambda params: jax.tree.map(jnp.zeros_like, params), lambda gradients, state, params=None: (gradients, gradients)
-    )
+
+    def update(gradients: Any, _: Any, params: Any = None) -> tuple[Any, Any]:
+        return gradients, gradients
+
+    return optax.GradientTransformation(functools.partial(jax.tree.map, jnp.zeros_like), update)
 
 
 def _trained(graphdef: Any, n_types: int, arrays: Any, seed: int, one_pass: bool, device: jax.Device) -> Named:
@@ -348,7 +368,8 @@ def _trained(graphdef: Any, n_types: int, arrays: Any, seed: int, one_pass: bool
 
 
 def _leaves(tree: Any) -> Named:
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+    leaves = jax.tree.leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
 def _in(dtype: Any, arrays: Named) -> Named:

@@ -7,7 +7,8 @@ from typing import Any
 
 #: Share of the minutes after which no row of a section is begun any more.
 SECTIONS = {
-    "card": 0.1, "training": 0.45, "inference": 0.56, "compiled": 0.68, "stages": 0.76, "epoch": 0.9, "ensemble": 0.96
+    "check": 0.15, "card": 0.2, "training": 0.45, "inference": 0.56, "compiled": 0.68, "stages": 0.76, "epoch": 0.9,
+    "ensemble": 0.96,
 }  # fmt: skip
 #: Cells of the published training split.
 EPOCH_CELLS = 15_240_192
@@ -29,7 +30,7 @@ class Report:
     rows, notes
         What was measured, and what was not.
     failed
-        Whether a row of ours failed.
+        Whether a row of ours failed, or a check found something wrong.
     """
 
     def __init__(self, minutes: float, sections: Collection[str] = SECTIONS):
@@ -81,9 +82,13 @@ class Report:
             self.note(f"FAILED {name}: {type(error).__name__}: {error}".splitlines()[0][:300])
         self._dearest[like] = max(self._dearest.get(like, 0.0), time.monotonic() - began)
 
+    def all(self, section: str) -> list[dict[str, Any]]:
+        """Return the rows of a section."""
+        return [row for row in self.rows if row["section"] == section]
+
     def find(self, section: str, **values: Any) -> dict[str, Any] | None:
         """Return the last row with these values, if there is one."""
-        rows = (row for row in reversed(self.rows) if row["section"] == section)
+        rows = reversed(self.all(section))
         return next((row for row in rows if all(row[name] == value for name, value in values.items())), None)
 
 
@@ -107,12 +112,16 @@ def summary(report: Report) -> Iterator[str]:
     yield "Ours from packed cells in host memory; PyTorch's from dense cells on the device, without augmentation."
     yield ""
     for section in ("training", "inference"):
-        rows = [row for row in report.rows if row["section"] == section]
+        rows = report.all(section)
         if rows:
             yield f"| {section} | " + " | ".join(_COLUMNS[1:]) + " |"
             yield "| --- " * len(_COLUMNS) + "|"
             yield from ("| " + " | ".join(columns(row)) + " |" for row in rows)
             yield ""
+    checks = report.all("check")
+    if checks:
+        n_wrong = sum(not row["ok"] for row in checks)
+        yield f"- {len(checks)} results checked against plain ones: {n_wrong or 'none'} WRONG"
     for row in report.rows:
         what = f"{row.get('model')} {row.get('precision')} {row.get('batch')}"
         if row["section"] == "compiled":

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple
 
 import jax
@@ -310,6 +310,7 @@ def dense_batch(batch: CellBatch, sharding: NamedSharding) -> DenseBatch:
     return jax.tree.map(joined, own)
 
 
+@cache
 def host_sharding(sharding: NamedSharding) -> NamedSharding:
     """Return how this host's rows are split over its own devices; with one host, the same sharding.
 
@@ -325,7 +326,8 @@ def host_sharding(sharding: NamedSharding) -> NamedSharding:
 
 @partial(jax.jit, static_argnames=("width", "sharding"))
 def _densify(batch: CellBatch, *, width: int, sharding: NamedSharding) -> DenseBatch:
-    dense = DenseBatch(densify(batch, width), batch.targets, batch.real)
+    with jax.named_scope("decode"):
+        dense = DenseBatch(densify(batch, width), batch.targets, batch.real)
     return jax.lax.with_sharding_constraint(dense, sharding)
 
 

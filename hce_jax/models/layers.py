@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hce_jax.ops import batch_norm
+from hce_jax.ops.common_operand import common_operand
 from hce_jax.typing import Array, Float, Precision
 
 
@@ -126,4 +127,4 @@ class BatchNorm(nnx.Module):
         self.running_mean[...], self.running_variance[...] = batch_norm.update_running(
             running, statistics_vh, sizes, self.momentum
         )
-        self.n_updates[...] += len(sizes)
+        self.n_updates[...] += common_operand(jnp.int32(len(sizes)))

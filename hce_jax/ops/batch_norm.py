@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from hce_jax.errors import ConfigError
+from hce_jax.ops.common_operand import common_operand
 from hce_jax.typing import Array, Float
 
 #: PyTorch's default, added to every variance.
@@ -199,7 +200,7 @@ def update_running(running: Moments, batch: Moments, sizes: Sequence[int], momen
             "config.batch_size or config.virtual_batch_size"
         )
     keep = (1 - momentum) ** np.arange(len(sizes), -1, -1)
-    weights = jnp.asarray(momentum * keep[1:], jnp.float32)[:, None]
+    weights = common_operand(jnp.asarray(momentum * keep[1:], jnp.float32))[:, None]
     unbiased = jnp.asarray([n / (n - 1) for n in sizes], jnp.float32)[:, None]
     return Moments(
         np.float32(keep[0]) * running.mean + jnp.sum(weights * batch.mean, 0),

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from hce_jax.ops.common_operand import common_operand
 from hce_jax.typing import Array, Float
 
 #: PyTorch's clip_grad_norm_ adds this to the norm before it divides.
@@ -62,7 +63,7 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     """
 
     def clip(updates: optax.Updates, params: optax.Params | None) -> optax.Updates:
-        scale = jnp.minimum(1.0, max_norm / (global_norm(updates) + _CLIP_EPSILON))
+        scale = common_operand(jnp.minimum(1.0, max_norm / (global_norm(updates) + _CLIP_EPSILON)))
         return jax.tree.map(lambda update: update * scale, updates)
 
     return optax.stateless(clip)

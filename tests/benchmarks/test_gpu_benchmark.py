@@ -377,7 +377,7 @@ def test_a_small_run_with_jax_flax_and_optax_alone(tmp_path):
     assert result.returncode == 0, result.stdout + result.stderr
     told = json.loads((tmp_path / "rows.json").read_text())
     sections = {row["section"] for row in told["rows"]}
-    assert sections == {"card", "training", "inference", "stages", "epoch", "ensemble"}
+    assert sections == {"check", "card", "training", "inference", "stages", "epoch", "ensemble"}
     assert told["notes"] == ["left out, the profiler tells of no kernels: stages: the dearest kernels"]
     assert {row["where"] for row in told["rows"] if row["section"] == "epoch"} == {"host memory", "device memory"}
     stand_in_line = result.stdout.splitlines()[1]
