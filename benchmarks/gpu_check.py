@@ -39,8 +39,9 @@ N_PARTS = 2
 RESULTS, GRADIENTS = 1e-5, 1e-4
 #: Where results are rounded to 8 bits, 2e-3 each at random and 4e-3 at worst.
 BFLOAT16 = 1e-2
-#: Of a whole step in float32: between its gradients and its loss lie twenty layers, and the batch norm of each takes
-#: differences; two orders of the same sums were seen to differ by some 1e-5 there, TF32 would by 1e-2.
+#: Of a whole step in float32: sums are taken in another order, and between the loss and the first gradients lie twenty
+#: layers, each with a batch norm that takes differences. On a CPU, with 200 genes, up to 6e-6 was seen; more genes and
+#: cells make longer sums. A product in TF32 by mistake rounds its operands by up to 5e-4 and would be seen.
 STEP = 1e-3
 #: A score so near the threshold of its row (in units of scores) may count as selected or not in float32.
 _NEAR = 1e-5
@@ -177,14 +178,17 @@ def selection(sizes: Sizes, mask_type: str, rng: np.random.Generator) -> Iterato
     width = row_width(sizes.n_genes, "gpu")
     shape = N_PARTS, sizes.n_cells, width
     rows = {
-        "scores": rng.normal(size=shape),
+        "scores": rng.standard_normal(shape, np.float32),
         "score_scale": rng.uniform(0.5, 2.0, (N_PARTS, width)),
         "score_shift": np.where(np.arange(width) < sizes.n_genes, rng.normal(size=(N_PARTS, width)), _NEVER),
-        "x": rng.gamma(1.0, 1.0, shape) * (rng.random(shape) < EXPRESSED),
+        "x": rng.standard_gamma(1.0, shape, np.float32) * (rng.random(shape, np.float32) < EXPRESSED),
         "scale": rng.uniform(0.5, 2.0, width),
         "shift": rng.normal(size=width),
     }
-    gradient = {"selected": rng.normal(size=shape), "negative_entropy": 0.1 * rng.normal(size=shape[:2])}
+    gradient = {
+        "selected": rng.standard_normal(shape, np.float32),
+        "negative_entropy": 0.1 * rng.standard_normal(shape[:2], np.float32),
+    }
     rows, gradient = _in(np.float32, rows), _in(np.float32, gradient)
     scores, score_scale, score_shift, *_ = _in(np.float64, rows).values()
     mask, margin = masks(scores * score_scale[:, None] + score_shift[:, None], mask_type)

@@ -7,7 +7,7 @@ from typing import Any
 
 #: Share of the minutes after which no row of a section is begun any more.
 SECTIONS = {
-    "check": 0.15, "card": 0.2, "training": 0.45, "inference": 0.56, "compiled": 0.68, "stages": 0.76, "epoch": 0.9,
+    "check": 0.12, "card": 0.5, "training": 0.5, "inference": 0.6, "compiled": 0.7, "stages": 0.77, "epoch": 0.9,
     "ensemble": 0.96,
 }  # fmt: skip
 #: Cells of the published training split.

@@ -353,15 +353,17 @@ SMALL = [
     "--members", "2", "--peers", "--json",
 ]  # fmt: skip
 ALONE = """
-import importlib.machinery, json, sys
+import importlib.machinery, itertools, json, sys
 hidden, arguments = json.loads(sys.argv[1]), json.loads(sys.argv[2])
 find = importlib.machinery.PathFinder.find_spec
 def find_spec(name, path=None, target=None):
     return None if name.partition(".")[0] in hidden else find(name, path, target)
 importlib.machinery.PathFinder.find_spec = find_spec
 sys.path.insert(0, ".")
-from benchmarks import gpu, gpu_steps
+from benchmarks import gpu, gpu_check, gpu_steps
 gpu_steps.STRETCH_SECONDS = 0.01
+cases = gpu_check.cases
+gpu_check.cases = lambda *given: itertools.islice(cases(*given), 2)  # the others take longer
 sys.exit(gpu.main(arguments))
 """
 

@@ -132,9 +132,9 @@ def test_what_is_no_number_or_of_another_shape_is_wrong():
     assert compare("", 0.0, right, right).ok
     assert compare("", 0.5, {**right, "b": three * 1.25}, right) == ("", 0.25, 0.5, "b")
     for other in (np.array([1, np.nan, 1]), np.ones((1, 3)), three * np.inf):
-        check = compare("it", 1.0, {"a": other, "b": three}, right)
-        assert (check.ok, check.worst) == (False, "a")
-        assert str(check).endswith("limit 1e+00, WRONG, worst in a")
+        check = compare("it", 1.0, {"a": three * 1.25, "b": other}, right)
+        assert (check.ok, check.worst) == (False, "b")
+        assert str(check).endswith("limit 1e+00, WRONG, worst in b")
     zero = {"a": np.zeros(3)}
     assert compare("", 0.0, zero, zero).ok
     assert not compare("", 1.0, {"a": np.array([0, 1e-9, 0])}, zero).ok
@@ -182,9 +182,10 @@ def test_what_is_wrong_or_fails_fails_the_run_and_is_told_at_the_end(monkeypatch
     assert "--seed 77" in told
     assert "first: 1.0e-06, limit 1e-05, ok" in told
     assert "- 3 results checked against plain ones: 1 WRONG" in [*summary(report)]
-    fine = Report(minutes=1)
-    monkeypatch.setattr(gpu_check, "cases", lambda *_: [("one", lambda: [Check("one", 0.0, 0.0, "")])])
-    gpu_check.run(fine, SIZES, 1)
-    assert not fine.failed
-    assert not fine.notes
-    assert "- 1 results checked against plain ones: none WRONG" in [*summary(fine)]
+    for error, failed, told in ((0.0, False, "none"), (2.0, True, "1")):
+        monkeypatch.setattr(gpu_check, "cases", lambda *_, e=error: [("one", lambda: [Check("one", e, 1.0, "")])])
+        report = Report(minutes=1)
+        gpu_check.run(report, SIZES, 1)
+        assert report.failed == failed
+        assert len(report.notes) == failed
+        assert f"- 1 results checked against plain ones: {told} WRONG" in [*summary(report)]
