@@ -320,32 +320,6 @@ def test_a_peer_that_fails_is_told_and_asked_again(peer):
         peer.run(3)
 
 
-def test_the_peer_tabnet_computes_what_ours_computes():
-    torch = pytest.importorskip("torch", reason="the peers need PyTorch, which the tests have not")
-    from benchmarks import peers
-
-    genes, types, n_cells = 60, 9, 70
-    hyper = {**HYPER_PARAMETERS, "virtual_batch_size": 16, "n_steps": 2, "n_d": 8, "n_a": 6}
-    config = {"model_type": "tabnet", **hyper}
-    ours = build_model(config, genes, types, nnx.Rngs(0), precision=PRECISIONS["float32"])
-    theirs = peers.TabNet(genes, types, hyper)
-    weights = theirs.state_dict()
-    for path, value in nnx.to_flat_state(nnx.state(ours, nnx.Param)):
-        array = torch.from_numpy(np.array(value[...]))
-        name = ".".join(map(str, path))
-        if array.ndim == 2:
-            name += ".weight"
-        elif path[0] != "input_norm":
-            name = name.replace(f".{path[-1]}", f".norm.{path[-1]}")
-        weights[name].copy_(array.T if array.ndim == 2 else array)
-    x = np.random.default_rng(0).gamma(0.3, 2, (n_cells, genes)).astype(np.float32)
-    for training in (True, False):
-        logits, auxiliary = ours(jnp.asarray(x), train=training, key=jax.random.key(0))
-        expected, entropy = theirs.train(training)(torch.from_numpy(x))
-        np.testing.assert_allclose(logits, expected.detach(), atol=2e-4)
-        np.testing.assert_allclose(auxiliary.mean(), -1e-5 * entropy.detach(), rtol=1e-4)
-
-
 # --- all of it
 
 SMALL = [
