@@ -291,11 +291,9 @@ def _sums_kernel(
         scores, x, d_selected = (
             _load_tile(ref, cells, genes, shape) for ref in (rows.scores, rows.x, gradient.selected)
         )
-        # No score is above infinity: so nothing comes from rows that are not there.
-        top = _load(threshold.top, cells, shape[0], jnp.inf)[:, None]
-        tau, average, d_entropy = (
-            _load(ref, cells, shape[0])[:, None] for ref in (threshold.tau, mean, gradient.negative_entropy)
-        )
+        # Rows that are not there have no gradient, so nothing comes from them.
+        by_cell = (*threshold, gradient.negative_entropy, mean)
+        top, tau, d_entropy, average = (_load(ref, cells, shape[0])[:, None] for ref in by_cell)
         score_scale, score_shift, scale, shift = by_gene
         entry = _Entry(kind, scores * score_scale + score_shift, top, tau)
         d_z = entry.slope * (entry.d_mask(d_selected * (x * scale + shift), d_entropy) - average)
@@ -308,8 +306,8 @@ def _sums_kernel(
         triton.store(ref.at[genes], jnp.sum(total, 0), mask=genes < shape[1])
 
 
-def _load(ref: Any, places: Array, length: int, other: float = 0.0) -> Array:
-    return triton.load(ref.at[places], mask=places < length, other=other).astype(jnp.float32)
+def _load(ref: Any, places: Array, length: int) -> Array:
+    return triton.load(ref.at[places], mask=places < length, other=0.0).astype(jnp.float32)
 
 
 def _load_tile(ref: Any, cells: Array, genes: Array, shape: tuple[int, int]) -> Array:
