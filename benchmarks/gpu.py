@@ -410,7 +410,18 @@ def parse_args(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if min(options.cells, options.distinct_cells) < max(options.batch_sizes):
         parser.error("--cells and --distinct_cells must be no less than the largest of --batch_sizes")
+    if min(options.genes, options.types, options.vectors, options.members, *options.batch_sizes) < 1:
+        parser.error("--genes, --types, --vectors, --members and --batch_sizes must be 1 or more")
+    if not (0 < options.minutes < math.inf and 0 < options.device_share < 1 and options.seed >= 0):
+        parser.error("--minutes must be above 0, --device_share above 0 and below 1, --seed not negative")
+    if options.json and not options.json.parent.is_dir():
+        parser.error(f"--json: there is no folder {options.json.parent}")
     return options
+
+
+def as_json(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return rows with null for what is no number, which JSON does not know."""
+    return [{k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()} for row in rows]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -423,9 +434,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bench = Bench(options, report)
     try:
         bench.run()
-    finally:
-        if options.json:
-            options.json.write_text(json.dumps({"rows": report.rows, "notes": report.notes}, indent=1))
+    except KeyboardInterrupt:
+        report.note("interrupted")
+        report.failed = True
+    if options.json:
+        options.json.write_text(json.dumps({"rows": as_json(report.rows), "notes": report.notes}, indent=1))
     case = {"precision": bench.precision, "batch": bench.batch}
     where = f"{device.device_kind} ({bench.precision}, batch {bench.batch:,}, {options.genes:,} genes)"
     lines = ["", *summary(report), "", *report.notes, "", *targets(report, options.models[0], case, where)]

@@ -1,6 +1,7 @@
 """Rows of benchmarks/gpu.py: printed as they come, within a time; and what is said of them at the end."""
 
 import contextlib
+import math
 import time
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
@@ -40,6 +41,7 @@ class Report:
         self._sections = sections
         self._began, self._budget = time.monotonic(), 60 * minutes
         self._dearest: dict[str, float] = {}
+        self._incomplete: set[str] = set()
 
     def remaining(self, section: str) -> float:
         """Return the seconds until the end of a section."""
@@ -71,6 +73,7 @@ class Report:
             yield False
             return
         if self.remaining(section) < self._dearest.get(like, 0.0):
+            self._incomplete.add(section)
             self.note(f"left out, no time: {name}")
             yield False
             return
@@ -81,6 +84,10 @@ class Report:
             self.failed = self.failed or vital
             self.note(f"FAILED {name}: {type(error).__name__}: {error}".splitlines()[0][:300])
         self._dearest[like] = max(self._dearest.get(like, 0.0), time.monotonic() - began)
+
+    def complete(self, section: str) -> bool:
+        """Say whether nothing of a section was left out for want of time."""
+        return section not in self._incomplete
 
     def all(self, section: str) -> list[dict[str, Any]]:
         """Return the rows of a section."""
@@ -99,10 +106,12 @@ def header(section: str) -> str:
 
 def columns(row: dict[str, Any]) -> list[str]:
     """Return a row of training or inference as text, column by column."""
-    torch = row["torch_ms"]
+    torch, floor = row["torch_ms"], ("-", "-")
+    if math.isfinite(row["floor_ms"]):  # else the card was not measured
+        floor = f"{row['floor_ms']:.3f} {row['bound']}", f"{100 * row['of_floor']:.0f}%"
     return [
         row["model"], row["precision"], f"{row['batch']}", f"{row['ms']:.3f}", f"{100 * row['spread']:.0f}%",
-        f"{row['cells_per_second']:,.0f}", f"{row['floor_ms']:.3f} {row['bound']}", f"{100 * row['of_floor']:.0f}%",
+        f"{row['cells_per_second']:,.0f}", *floor,
         *(("-", "-") if torch is None else (f"{torch:.3f}", f"{torch / row['ms']:.1f}")),
     ]  # fmt: skip
 
@@ -121,7 +130,8 @@ def summary(report: Report) -> Iterator[str]:
     checks = report.all("check")
     if checks:
         n_wrong = sum(not row["ok"] for row in checks)
-        yield f"- {len(checks)} results checked against plain ones: {n_wrong or 'none'} WRONG"
+        missing = "" if report.complete("check") else "; NOT ALL, for want of time"
+        yield f"- {len(checks)} results checked against plain ones: {n_wrong or 'none'} WRONG{missing}"
     for row in report.rows:
         what = f"{row.get('model')} {row.get('precision')} {row.get('batch')}"
         if row["section"] == "compiled":

@@ -276,8 +276,9 @@ def densify(batch: CellBatch, width: int | None = None) -> Float[Array, "b w"]:
     [[2500.0, 7500.0, 0.0]]
     """
     shape = batch.targets.shape[0], batch.n_genes, width or batch.n_genes
-    counts_bw, values_bw = (_walk(stream, *shape) for stream in (batch.counts, batch.values))
-    return jnp.log1p(counts_bw * jnp.asarray(batch.scale)[:, None]) + values_bw
+    with jax.named_scope("decode"):
+        counts_bw, values_bw = (_walk(stream, *shape) for stream in (batch.counts, batch.values))
+        return jnp.log1p(counts_bw * jnp.asarray(batch.scale)[:, None]) + values_bw
 
 
 def dense_batch(batch: CellBatch, sharding: NamedSharding) -> DenseBatch:
@@ -326,8 +327,7 @@ def host_sharding(sharding: NamedSharding) -> NamedSharding:
 
 @partial(jax.jit, static_argnames=("width", "sharding"))
 def _densify(batch: CellBatch, *, width: int, sharding: NamedSharding) -> DenseBatch:
-    with jax.named_scope("decode"):
-        dense = DenseBatch(densify(batch, width), batch.targets, batch.real)
+    dense = DenseBatch(densify(batch, width), batch.targets, batch.real)
     return jax.lax.with_sharding_constraint(dense, sharding)
 
 

@@ -68,6 +68,11 @@ def gated_norm(
         The rows y (v, n, u), twice: for the next product, and in float32 for the next sum. Their gradients so come back
         apart, and are added in the kernel. Then mean and variance (v, k).
 
+    Raises
+    ------
+    ValueError
+        If ghost batches have more rows.
+
     Examples
     --------
     >>> h = jnp.array([[[1.0, 0.0], [3.0, 0.0]]])
@@ -112,6 +117,8 @@ gated_norm.defvjp(_gate_forward, _gate_backward)
 def _call(kernel: Callable[..., None], outputs: Any, layer: _Layer, *inputs: Any) -> Any:
     """Run a program for each ghost batch and block of units."""
     n_parts, n_rows, width = layer.h.shape
+    if n_rows > MAX_ROWS:
+        raise ValueError(f"ghost batches of {n_rows} rows; a program keeps at most {MAX_ROWS} in registers")
     n_units = min(_MAX_UNITS, _ENTRIES // pl.next_power_of_2(n_rows))
     return pl.pallas_call(
         functools.partial(kernel, layer.h.shape, n_units),
