@@ -3,11 +3,12 @@
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import scipy.sparse as sp
 from flax import nnx
@@ -91,6 +92,39 @@ class Explanation(NamedTuple):
         """Return, for each cell, the positions of the genes with an importance above zero."""
         bounds = itertools.pairwise(self.importance.indptr)
         return [self.importance.indices[start:end] for start, end in bounds]
+
+
+class Contrast(NamedTuple):
+    """Why some cells are one type and not another; see :meth:`Predictor.contrast`.
+
+    Attributes
+    ----------
+    log_odds
+        Log of the mass of the one type over that of the other (n,), in nats.
+    gradient
+        Its derivative by the expression of each gene (n, g).
+    importance
+        Share of each gene in the importance of the cell's masks (n, g); None of a model without masks.
+    """
+
+    log_odds: Float[np.ndarray, "n"]
+    gradient: Float[np.ndarray, "n g"]
+    importance: Float[np.ndarray, "n g"] | None
+
+
+class Prediction(NamedTuple):
+    """What a model makes of n cells.
+
+    Attributes
+    ----------
+    probabilities
+        Of each type (n, c).
+    embedding
+        (n, h); None where there is none, of a linear model and of several models together.
+    """
+
+    probabilities: Float[np.ndarray, "n c"]
+    embedding: Float[np.ndarray, "n h"] | None
 
 
 class Predictor:
@@ -177,6 +211,33 @@ class Predictor:
         return np.asarray(self._apply(_probabilities, self.params, self.stats, cells.dense))[: len(cells)]
 
     @cached_property
+    def embedding_size(self) -> int | None:
+        """The number of columns h of an embedding; None if the model has none."""
+        _, model_class = MODELS[self.model_type]
+        if not hasattr(model_class, "embed"):
+            return None
+        n_genes = len(self.card.gene_ids)
+        embed = partial(self._apply_to_batch, _embedding, self.params, self.stats)
+        return jax.eval_shape(embed, jax.ShapeDtypeStruct((1, row_width(n_genes)), np.float32)).shape[1]
+
+    def predict_and_embed(self, cells: Expression) -> Prediction:
+        """Return probabilities and embedding of some cells, computed together; several threads may ask at a time.
+
+        Examples
+        --------
+        >>> predictor.predict_and_embed(Expression(split.read_block(0))).embedding.shape  # doctest: +SKIP
+        (512, 128)
+        """
+        if self.embedding_size is None:
+            return Prediction(self.predict_block(cells), None)
+        if self.reads_sparse:
+            given, function = self._first_layer_of_csr(cells.x), _both_after_first_layer
+        else:
+            given, function = cells.dense, _both
+        outputs = self._apply(function, self.params, self.stats, given)
+        return Prediction(*(np.asarray(output)[: len(cells)] for output in outputs))
+
+    @cached_property
     def reads_sparse(self) -> bool:
         """Whether only the expressed genes of a cell are read, and it is never made dense: on a CPU, in float32."""
         _, model_class = MODELS[self.model_type]
@@ -192,11 +253,15 @@ class Predictor:
         layer = self._model.first_layer
         return np.array(layer.kernel[...]), np.array(layer.bias[...])
 
-    def _probabilities_of_csr(self, x: sp.csr_array) -> Float[np.ndarray, "n c"]:
+    def _first_layer_of_csr(self, x: sp.csr_array) -> Float[np.ndarray, "b h"]:
         kernel, bias = self._first_layer
-        h_nh = np.zeros((rows_in_steps(x.shape[0]), len(bias)), np.float32)
-        h_nh[: x.shape[0]] = csr_product(x, kernel) + bias
-        outputs = self._apply(_probabilities_after_first_layer, self.params, self.stats, h_nh)
+        h_bh = np.zeros((rows_in_steps(x.shape[0]), len(bias)), np.float32)
+        h_bh[: x.shape[0]] = csr_product(x, kernel) + bias
+        return h_bh
+
+    def _probabilities_of_csr(self, x: sp.csr_array) -> Float[np.ndarray, "n c"]:
+        h_bh = self._first_layer_of_csr(x)
+        outputs = self._apply(_probabilities_after_first_layer, self.params, self.stats, h_bh)
         return np.asarray(outputs)[: x.shape[0]]
 
     def embed(self, x: Cells, batch_size: int = 2048) -> Float[np.ndarray, "n h"]:
@@ -226,18 +291,53 @@ class Predictor:
         importance, masks = zip(*sparse, strict=True)
         return Explanation(sp.vstack(importance, "csr"), [sp.vstack(step, "csr") for step in zip(*masks, strict=True)])
 
+    def contrast(
+        self, x: Cells, types_nc: Float[np.ndarray, "n c"], rivals_nc: Float[np.ndarray, "n c"], batch_size: int = 256
+    ) -> Iterator[Contrast]:
+        r"""Yield, one batch of cells after the other, the log-odds of one type against another, and their gradient.
+
+        With the logits z of a cell, the types K that belong to the one and those, L, that belong to the other,
+
+        .. math:: S = \log \sum_{j \in K} e^{z_j} - \log \sum_{j \in L} e^{z_j}
+
+        Where K and L are one type each, the gradient of a linear model is the difference of their weights. Of TabNet it
+        is that with the cell's masks held as they are: of the genes that no mask lets through it is zero.
+
+        Parameters
+        ----------
+        x
+            Expression of the cells.
+        types_nc, rivals_nc
+            For each cell 1 for the types of K, of L, and 0 for the others.
+        batch_size
+            Cells at a time.
+
+        Examples
+        --------
+        >>> t_cell, b_cell = predictor.reachability[[4, 7]]  # doctest: +SKIP
+        >>> next(predictor.contrast(x[:1], t_cell[None], b_cell[None])).gradient.argmax()  # doctest: +SKIP
+        """
+        n_genes = len(self.card.gene_ids)
+        for batch in self._in_batches(_contrast, x, batch_size, types_nc, rivals_nc):
+            of_genes = jax.tree.map(lambda wide: wide[:, :n_genes], (batch.gradient, batch.importance))
+            yield Contrast(batch.log_odds, *of_genes)
+
     def _require(self, method: str, what: str) -> None:
         _, model_class = MODELS[self.model_type]
         if not hasattr(model_class, method):
             raise CheckpointError(f"{self.path} is a {self.model_type} model, which has no {what}")
 
-    def _in_batches(self, function: Callable[[nnx.Module, Array], Any], x: Cells, batch_size: int) -> Iterator[Any]:
-        """Apply a function of the model and a batch (b, w); yield what it gives for the real rows, as numpy arrays."""
-        for rows in self._cut(x, batch_size):
+    def _in_batches(self, function: Callable[..., Any], x: Cells, batch_size: int, *more: np.ndarray) -> Iterator[Any]:
+        """Apply a function of the model, a batch (b, w) and the same rows of more; yield what it gives for real rows.
+
+        It is given, and gives, any tree of arrays whose first axis is that of the cells; numpy arrays are yielded.
+        """
+        width = row_width(len(self.card.gene_ids))
+        for number, rows in enumerate(self._cut(x, batch_size)):
             dense = rows if isinstance(rows, np.ndarray) else rows.toarray()
-            padded = np.zeros((batch_size, row_width(dense.shape[1])), np.float32)  # one shape, one compilation
-            padded[: len(dense), : dense.shape[1]] = dense
-            outputs = self._apply(function, self.params, self.stats, padded)
+            start = number * batch_size
+            padded = [_padded(each[start : start + len(dense)], batch_size, each.shape[1]) for each in more]
+            outputs = self._apply(function, self.params, self.stats, _padded(dense, batch_size, width), *padded)
             yield jax.tree.map(lambda output: np.asarray(output)[: len(dense)], outputs)  # noqa: B023 (used at once)
 
     def _cut(self, x: Cells, batch_size: int) -> Iterator[Cells]:
@@ -253,9 +353,9 @@ class Predictor:
         return (x[start : start + batch_size] for start in range(0, max(x.shape[0], 1), batch_size))
 
     def _apply_to_batch(
-        self, function: Callable[[nnx.Module, Array], Any], params: Variables, stats: Variables, x_bw: Array
+        self, function: Callable[..., Any], params: Variables, stats: Variables, x_bw: Array, *more: Array
     ) -> Any:
-        return function(nnx.merge(self.graphdef, params, stats), x_bw)
+        return function(nnx.merge(self.graphdef, params, stats), x_bw, *more)
 
     def check_store(self, side: SideFiles) -> None:
         """Check that a store has this model's genes and labels, in the same order.
@@ -367,9 +467,27 @@ class Ensemble:
         return members[0] if len(members) == 1 else np.mean(members, axis=0)
 
     @property
+    def embedding_size(self) -> int | None:
+        """The lone member's :attr:`Predictor.embedding_size`; None of several, which have no embedding in common."""
+        return self.predictors[0].embedding_size if len(self.predictors) == 1 else None
+
+    def predict_and_embed(self, cells: Expression) -> Prediction:
+        """Return the mean of the members' probabilities, and a lone member's embedding."""
+        if len(self.predictors) == 1:
+            return self.predictors[0].predict_and_embed(cells)
+        return Prediction(self.predict_block(cells), None)
+
+    @property
     def reads_sparse(self) -> bool:
         """Whether no member makes cells dense."""
         return all(predictor.reads_sparse for predictor in self.predictors)
+
+
+def _padded(rows: np.ndarray, n_rows: int, width: int) -> Float[np.ndarray, "b w"]:
+    """Put rows into a matrix of zeros: batches of one shape are compiled once."""
+    padded = np.zeros((n_rows, width), np.float32)
+    padded[: rows.shape[0], : rows.shape[1]] = rows
+    return padded
 
 
 def _probabilities(model: nnx.Module, x_bw: Array) -> Float[Array, "b c"]:
@@ -384,5 +502,36 @@ def _explanation(model: nnx.Module, x_bw: Array) -> tuple[Float[Array, "b w"], l
     return model.explain(x_bw)
 
 
+def _contrast(model: nnx.Module, x_bw: Array, types_bc: Array, rivals_bc: Array) -> Contrast:
+    importance_bw, logits = None, lambda x_bw: model(x_bw)[0]
+    if hasattr(model, "explain"):
+        importance_bw, masks = model.explain(x_bw)
+        importance_bw /= jnp.maximum(importance_bw.sum(axis=1, keepdims=True), jnp.finfo(jnp.float32).tiny)
+        logits = partial(model.read, masks=masks)
+
+    def log_odds(x_bw: Array) -> Float[Array, "b"]:
+        logits_bc = logits(x_bw)
+        # A large negative number for minus infinity, which would make the gradients of rows without types NaN.
+        types_b, rivals_b = (
+            jax.nn.logsumexp(jnp.where(which_bc > 0, logits_bc, -1e30), axis=1) for which_bc in (types_bc, rivals_bc)
+        )
+        return types_b - rivals_b
+
+    log_odds_b, gradient = jax.vjp(log_odds, x_bw)
+    return Contrast(log_odds_b, gradient(jnp.ones_like(log_odds_b))[0], importance_bw)
+
+
 def _probabilities_after_first_layer(model: nnx.Module, h_bh: Float[Array, "b h"]) -> Float[Array, "b c"]:
     return jax.nn.softmax(model.after_first_layer(h_bh)[0])
+
+
+def _both(model: nnx.Module, x_bw: Array) -> tuple[Float[Array, "b c"], Float[Array, "b h"]]:
+    embedding_bh = model.embed(x_bw)
+    return jax.nn.softmax(model.classify(embedding_bh)), embedding_bh
+
+
+def _both_after_first_layer(
+    model: nnx.Module, first_bh: Float[Array, "b f"]
+) -> tuple[Float[Array, "b c"], Float[Array, "b h"]]:
+    embedding_bh = model.embed_after_first_layer(first_bh)
+    return jax.nn.softmax(model.classify(embedding_bh)), embedding_bh

@@ -91,6 +91,27 @@ def test_block_of_an_ensemble_gets_the_mean_of_its_members():
     np.testing.assert_allclose(ensemble.predict_block(cells), expected, atol=2e-5)
 
 
+@pytest.mark.parametrize(("kind", "size"), [("linear", None), ("mlp", 16), ("tabnet", 8)])
+def test_embedding_comes_with_the_probabilities(kind, size):
+    predictor = predictor_of(kind)
+    assert predictor.embedding_size == size
+    lone, several = Ensemble([predictor]), Ensemble([predictor, predictor_of(kind, 1)])
+    expected = oracle(predictor, CELLS)
+    for reads_sparse in (True, False) if predictor.reads_sparse else (False,):
+        predictor.reads_sparse = reads_sparse
+        given = lone.predict_and_embed(Expression(block_of(CELLS)))
+        np.testing.assert_allclose(given.probabilities, expected, atol=2e-5)
+        if size is None:
+            assert given.embedding is None
+        else:
+            assert given.embedding.shape == (37, size)
+            np.testing.assert_allclose(given.embedding, predictor.embed(expression(CELLS)), atol=2e-5)
+    assert several.embedding_size is None
+    both = several.predict_and_embed(Expression(block_of(CELLS)))
+    assert both.embedding is None
+    np.testing.assert_allclose(both.probabilities, several.predict_block(Expression(block_of(CELLS))), atol=1e-6)
+
+
 def test_threads_may_ask_at_a_time():
     predictor = predictor_of("mlp")
     blocks = [block_of(np.arange(start, start + 20)) for start in range(0, 200, 20)]

@@ -3,11 +3,11 @@
 import itertools
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,8 @@ from hce_jax.typing import Float
 
 #: Batches that are dense at a time, each some hundred MB: one is computed, one is made ready.
 _DENSE_BATCHES = 2
+
+_Result = TypeVar("_Result")
 
 
 @runtime_checkable
@@ -89,34 +91,63 @@ def classified(cells: Cells, classifiers: Sequence[Classifier], batch_size: int 
     >>> for batch in classified(StoreCells(split), [load_model(run)]):  # doctest: +SKIP
     ...     batch.probabilities[0].argmax(axis=1)
     """
-    slots = nullcontext() if all(each.reads_sparse for each in classifiers) else threading.Semaphore(_DENSE_BATCHES)
+    sparse = all(each.reads_sparse for each in classifiers)
+    for block, parts in computed(
+        cells, lambda part: [each.predict_block(part) for each in classifiers], sparse, batch_size
+    ):
+        yield Classified(block, [np.concatenate(each) for each in zip(*parts, strict=True)])
 
-    def classify(blocks: range) -> Classified:
+
+def computed(
+    cells: Cells, compute: Callable[[Expression], _Result], sparse: bool, batch_size: int = 2048
+) -> Iterator[tuple[Block, list[_Result]]]:
+    """Compute something of all cells in their order, in several threads, under a progress bar.
+
+    Parameters
+    ----------
+    cells
+        The cells.
+    compute
+        What is computed of some cells; several threads may call it.
+    sparse
+        Whether it leaves cells sparse; else only few batches are computed at a time, for they are large when dense.
+    batch_size
+        Cells that are computed together, at most.
+
+    Yields
+    ------
+    Some whole blocks of the cells, and the results of their parts.
+
+    Examples
+    --------
+    >>> for block, parts in computed(cells, predictor.predict_and_embed, predictor.reads_sparse):  # doctest: +SKIP
+    ...     parts[0].embedding.shape
+    """
+    slots = nullcontext() if sparse else threading.Semaphore(_DENSE_BATCHES)
+
+    def compute_blocks(blocks: range) -> tuple[Block, list[_Result]]:
         block = Block.concatenate([cells.read_block(index) for index in blocks])
         parts = [block.slice(start, min(start + batch_size, len(block))) for start in range(0, len(block), batch_size)]
         with slots:
-            expressions = [Expression(part) for part in parts]
-            return Classified(
-                block, [np.concatenate([each.predict_block(part) for part in expressions]) for each in classifiers]
-            )
+            return block, [compute(Expression(part)) for part in parts]
 
     with (
         CellBar(cells.title, int(cells.block_sizes.sum())) as bar,
         ThreadPoolExecutor(n_readers()) as pool,
     ):
         batches = _batches(cells.block_sizes, batch_size)
-        waiting: deque[Future[Classified]] = deque()
+        waiting: deque[Future[tuple[Block, list[_Result]]]] = deque()
         try:
             for batch in itertools.chain(batches, itertools.repeat(None)):
                 if batch is not None:
-                    waiting.append(pool.submit(classify, batch))
+                    waiting.append(pool.submit(compute_blocks, batch))
                     if len(waiting) <= n_readers():
                         continue
                 elif not waiting:
                     return
-                done = waiting.popleft().result()
-                bar.update(len(done.block))
-                yield done
+                block, results = waiting.popleft().result()
+                bar.update(len(block))
+                yield block, results
         finally:
             pool.shutdown(cancel_futures=True)
 

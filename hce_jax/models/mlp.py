@@ -102,12 +102,19 @@ class MLP(nnx.Module):
         self, h_bh: Float[Array, "b h"], *, train: bool = False, key: Key[Array, ""] | None = None
     ) -> tuple[Float[Array, "b c"], Float[Array, "b"]]:
         """Return what the model does, given what its first layer makes of the genes."""
-        logits_bc = self.linear(self._encode(h_bh, train, key)).astype(jnp.float32)
-        return logits_bc, jnp.zeros(h_bh.shape[0], jnp.float32)
+        return self.classify(self._encode(h_bh, train, key)), jnp.zeros(h_bh.shape[0], jnp.float32)
 
     def embed(self, x_bw: Float[Array, "b w"]) -> Float[Array, "b h"]:
         """Return the last hidden layer."""
-        return self._encode(self.first_layer(x_bw), train=False, key=None)
+        return self.embed_after_first_layer(self.first_layer(x_bw))
+
+    def embed_after_first_layer(self, h_bh: Float[Array, "b h"]) -> Float[Array, "b h"]:
+        """Return the last hidden layer, given what the first one makes of the genes."""
+        return self._encode(h_bh, train=False, key=None)
+
+    def classify(self, embedding_bh: Float[Array, "b h"]) -> Float[Array, "b c"]:
+        """Return the logits of cells, given their embedding."""
+        return self.linear(embedding_bh).astype(jnp.float32)
 
     def _encode(self, h_bh: Array, train: bool, key: Array | None) -> Array:
         for index, norm in enumerate(self.norms):

@@ -158,12 +158,15 @@ class TabNet(nnx.Module):
         cell's masks, as published (there: the loss minus lambda_sparse * M_loss). Nothing is drawn with ``key``.
         """
         encoding = self._encode(x_bw, train)
-        logits_bc = self.precision.product(encoding.embedding_bh, self.head[...])
-        return logits_bc, -self.config.lambda_sparse * encoding.negative_entropy_b
+        return self.classify(encoding.embedding_bh), -self.config.lambda_sparse * encoding.negative_entropy_b
 
     def embed(self, x_bw: Float[Array, "b w"]) -> Float[Array, "b h"]:
         """Return the sum of the steps' outputs (b, n_d)."""
         return self._encode(x_bw, train=False).embedding_bh
+
+    def classify(self, embedding_bh: Float[Array, "b h"]) -> Float[Array, "b c"]:
+        """Return the logits of cells, given their embedding."""
+        return self.precision.product(embedding_bh, self.head[...])
 
     def explain(self, x_bw: Float[Array, "b w"]) -> tuple[Float[Array, "b w"], list[Float[Array, "b w"]]]:
         """Return the importance of every gene for every cell, and the mask of each step.
@@ -174,6 +177,21 @@ class TabNet(nnx.Module):
         encoding = self._encode(x_bw, train=False, keep_masks=True)
         weighted = [m * d.sum(1, keepdims=True) for m, d in zip(encoding.masks, encoding.outputs, strict=True)]
         return sum(weighted[1:], weighted[0]), encoding.masks
+
+    def read(self, x_bw: Float[Array, "b w"], masks: list[Float[Array, "b w"]]) -> Float[Array, "b c"]:
+        """Return the logits of cells that are read through given masks, one a step, whatever x would attend to.
+
+        Through their own masks, as :meth:`explain` gives them, cells have the logits that they have anyway.
+        """
+        shared = [kernel[...] for kernel in self.shared_kernels]
+        scale_w, shift_w = self._input_affine(x_bw, train=False)
+        rows_bw = batch_norm.scale_shift(x_bw, scale_w, shift_w)
+        outputs = []
+        for mask_bw, transformer in zip(masks, self.transformers, strict=True):
+            kernel_wh = widened(transformer.first_kernel(shared), x_bw.shape[1])
+            out_bh = transformer(self.precision.product(mask_bw * rows_bw, kernel_wh), shared, train=False)
+            outputs.append(jax.nn.relu(out_bh[:, : self.config.n_d]))
+        return self.classify(sum(outputs[1:], outputs[0]))
 
     def _encode(self, x_bw: Array, train: bool, keep_masks: bool = False) -> _Encoding:
         config, sizes = self.config, batch_norm.part_sizes(x_bw.shape[0], self.config.virtual_batch_size)
