@@ -6,6 +6,7 @@
     python evaluate.py --split id --checkpoint CKPT      that checkpoint; also a published one (model.ckpt)
     python evaluate.py --split id --run DIR,DIR,DIR      an ensemble: the mean of the probabilities of several
     python evaluate.py --split id --checkpoint_list FILE  many, one after the name of the other; cells are read once
+    python evaluate.py --split id --calibrate_on val      and calibrated, for `annotate --max-error`
 
 The store is --data_path, or the folder in DATA_PATH, or the one the named run was trained on; without any of them, the
 built-in simulated atlas. New studies are those of --ood_data (h5ad files with raw counts), or the kept studies of the
@@ -13,16 +14,24 @@ simulated atlas, or else what the Census of 2023-12-15 has beyond that of 2023-0
 """
 
 import os
-import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
 from absl import flags
 
 from hce_jax import command
-from hce_jax.errors import CheckpointError, UserError
+from hce_jax.errors import CheckpointError, SourceError, UserError
+from hce_jax.evaluation.calibration import (
+    MAX_ERRORS,
+    Calibration,
+    Unit,
+    calibrate,
+    calibration_of,
+    calibration_path,
+    keep,
+)
 from hce_jax.evaluation.cells import Cells, SourceCells, StoreCells
 from hce_jax.evaluation.decoders import DECODERS
 from hce_jax.evaluation.evaluate import Job, Result, Settings, evaluate
@@ -37,6 +46,8 @@ from hce_jax.store.builtin import BUILTIN_ATLAS, builtin_atlas
 from hce_jax.store.h5ad import H5adColumns, H5adSource
 
 CELLTYPIST = "celltypist"
+#: The split to calibrate on, and to choose between models by.
+VALIDATION = "val"
 
 flags.DEFINE_enum("split", "id", ["id", "ood"], "id: held-out donors, the store's test split. ood: new studies.")
 flags.DEFINE_list("run", None, "Folder of a run (version_N), whose best checkpoint is evaluated; or several: a,b,c.")
@@ -61,6 +72,14 @@ flags.DEFINE_string("output_dir", None, "Folder for the results; with the run or
 flags.DEFINE_string("subset_labels", None, "File with one cell type (label or code) a line, for the subset metrics.")
 flags.DEFINE_enum("decoder", DECODERS[0], list(DECODERS), "How probabilities become the type that is predicted.")
 flags.DEFINE_float("confidence", 0.5, "backoff: probability that the predicted type and those below it must hold.")
+flags.DEFINE_float(
+    "max_error",
+    None,
+    "backoff: share of its labels that may be wrong, by calibration.json; 0.05.",
+    lower_bound=MAX_ERRORS[0],
+    upper_bound=MAX_ERRORS[-1],
+)
+flags.DEFINE_list("calibrate_on", None, "Make calibration.json: of val, or of these studies, or files, of --split ood.")
 flags.DEFINE_bool("detailed_results", None, "Write every cell's probabilities (parquet); for ood, unless said not to.")
 flags.DEFINE_integer("batch_size", 2048, "Cells computed at a time.", lower_bound=1, upper_bound=32_768)
 FLAGS = flags.FLAGS
@@ -71,7 +90,7 @@ _OF_CENSUS = ("dataset_ids", "census_version", "force_download", "output_root")
 
 def check_flags() -> None:
     """Refuse flags that are empty or do not go together."""
-    for flag in ("run", "checkpoint", "ood_data", "dataset_ids"):
+    for flag in ("run", "checkpoint", "ood_data", "dataset_ids", "calibrate_on"):
         if FLAGS[flag].present and not all(FLAGS[flag].value or [""]):
             raise UserError(f"--{flag} has an empty name; leave the flag out, or name something")
     named = [flag for flag in ("run", "checkpoint", "checkpoint_list") if FLAGS[flag].value]
@@ -82,6 +101,11 @@ def check_flags() -> None:
     useless += ["ood_data"] if FLAGS.ood_data and FLAGS.split == "id" else []
     if useless:
         raise UserError(f"--{useless[0]} says nothing here: it is for --split ood {_where(useless[0])}")
+    calibrated = [flag for flag in ("max_error", "calibrate_on") if FLAGS[flag].value is not None]
+    if calibrated and FLAGS["confidence"].present:
+        raise UserError(f"--{calibrated[0]} and --confidence exclude each other; give one of them")
+    if FLAGS.split == "id" and (FLAGS.calibrate_on or [VALIDATION]) != [VALIDATION]:
+        raise UserError("--calibrate_on names studies of --split ood; with --split id it can be val only")
     if FLAGS.model_type == CELLTYPIST and not (FLAGS.checkpoint and len(FLAGS.checkpoint) == 1):
         raise UserError("--model_type celltypist needs --checkpoint model.pkl")
 
@@ -142,30 +166,85 @@ def store_of(classifier: Classifier) -> Path:
     store = named_store() or own
     if not store.is_dir():
         raise UserError(f"the store {store} is not there; name one: DATA_PATH or --data_path")
-    print(f"store       {store}", flush=True)
     return store
 
 
-def choose_cells(first: Classifier) -> Cells:
-    """Find the cells to evaluate on."""
+def store_cells(first: Classifier, split: str) -> StoreCells:
+    """Return the cells of a split of the store."""
+    cells = StoreCells(open_store(store_of(first)).split(split))
+    if isinstance(first, Ensemble):
+        first.predictors[0].check_store(cells.side)
+    print(f"store       {cells.side.path}, {split} split: {cells.n_cells:,} cells", flush=True)
+    return cells
+
+
+def choose_cells(first: Classifier) -> tuple[Cells, Cells | None]:
+    """Find the cells to evaluate on, and those of other studies that are to calibrate on, if such are named."""
     if FLAGS.split == "id":
-        held_out = StoreCells(open_store(store_of(first)).split("test"))
-        if isinstance(first, Ensemble):
-            first.predictors[0].check_store(held_out.side)
+        held_out = store_cells(first, "test")
         if not np.array_equal(first.side.reachability, held_out.side.reachability):
             print(f"{first.side.path} was trained with another hierarchy; the store's counts here", file=sys.stderr)
-        return held_out
+        return held_out, None
     if FLAGS.ood_data:
         files = FLAGS.ood_data
     else:
         root = Path(FLAGS.output_root) if FLAGS.output_root else store_of(first)
-        kept, is_asked_for = root / "ood", any(FLAGS[name].value for name in _OF_CENSUS)
-        files = [kept if any(kept.glob("*.h5ad")) and not is_asked_for else download(first.side, root)]
+        print(f"store       {root}", flush=True)
+        here, is_asked_for = root / "ood", any(FLAGS[name].value for name in _OF_CENSUS)
+        files = [here if any(here.glob("*.h5ad")) and not is_asked_for else download(first.side, root)]
     columns = {name.removesuffix("_column"): value for name in _OF_H5AD if (value := FLAGS[name].value)}
-    source = H5adSource.open(files, H5adColumns(**columns), needs_donors=False)
-    cells = SourceCells.choose(source, first.side, CellOntology.open())
+    source, ontology = H5adSource.open(files, H5adColumns(**columns), needs_donors=False), CellOntology.open()
+    if FLAGS.calibrate_on in (None, [VALIDATION]):
+        cells, others = SourceCells.choose(source, first.side, ontology), None
+    else:
+        named, rest = named_studies(source, FLAGS.calibrate_on)
+        others = SourceCells.choose(source, first.side, ontology, named)
+        cells = SourceCells.choose(source, first.side, ontology, rest)
     print(cells.report(), flush=True)
-    return cells
+    return cells, others
+
+
+def named_studies(source: H5adSource, names: Collection[str]) -> tuple[set[str], set[str]]:
+    """Return the studies of that name, or in files of that name, and the other ones."""
+    batches = zip(source.files, source.obs_batches(), strict=True)
+    of_file = {file.name: {*batch["dataset_id"].unique()} for file, batch in batches}
+    every = set[str]().union(*of_file.values())
+    if unknown := [name for name in names if name not in every and Path(name).name not in of_file]:
+        raise SourceError(
+            f"--calibrate_on: {source.title} has no study or file {unknown[0]!r}; its studies are "
+            f"{', '.join(map(repr, sorted(every)))}"
+        )
+    named = set[str]().union(*({name} if name in every else of_file[Path(name).name] for name in names))
+    if named == every:
+        raise SourceError("--calibrate_on names every study, so that none is left to report on; leave one out")
+    return named, every - named
+
+
+def calibrations(models: Sequence[Classifier], cells: Cells, others: Cells | None) -> list[Calibration | None]:
+    """Return what each model's back-off goes by: made now, or kept with its checkpoint, or nothing."""
+    if not FLAGS.calibrate_on:
+        return [None if FLAGS.max_error is None else kept_calibration(model, cells) for model in models]
+    unit: Unit = "donor" if others is None else "study"
+    labelled = store_cells(models[0], VALIDATION) if others is None else others
+    made: list[Calibration | None] = []
+    for model in models:
+        made.append(calibration := calibrate(labelled, model, unit, FLAGS.batch_size))
+        if isinstance(model, Ensemble) and len(model.predictors) == 1:
+            keep(calibration, calibration_path(model.predictors[0].path))
+        else:
+            print(f"{model.title}: {calibration.about}; not kept, for it has no checkpoint of its own", file=sys.stderr)
+    return made
+
+
+def kept_calibration(model: Classifier, cells: Cells) -> Calibration:
+    """Return the calibration that is kept with a model's checkpoint; say if it knows some of the cells."""
+    if not isinstance(model, Ensemble):
+        raise UserError(f"{model.title} has no calibration.json; add --calibrate_on val")
+    calibration = calibration_of(model)
+    if known := {*calibration.studies} & {*cells.lookups["dataset_id"]}:
+        what = f"the model is calibrated on {min(known)!r}, which is reported on: its promised error says little"
+        print(f"{what}; leave it out, or calibrate on others (--calibrate_on)", file=sys.stderr)
+    return calibration
 
 
 def download(side: SideFiles, root: Path) -> Path:
@@ -192,11 +271,6 @@ def result_folders(checkpoints: Sequence[Sequence[Path]]) -> list[Path]:
     return [Path(FLAGS.output_dir) / folder.resolve().relative_to(common) for folder in folders]
 
 
-def told_to_end(number: int, frame: object) -> None:
-    """End as by Ctrl-C on SIGTERM, so that nothing half done is left."""
-    raise KeyboardInterrupt("told to end (SIGTERM); nothing was written")
-
-
 def main() -> None:
     """Load the models, find the cells, write the results, print the tables."""
     check_flags()
@@ -207,17 +281,19 @@ def main() -> None:
     for paths in checkpoints:
         for path in paths:
             print(f"checkpoint  {path}")
-    cells = choose_cells(first)
+    cells, others = choose_cells(first)
     settings = Settings(
         split=FLAGS.split,
         decoder=FLAGS.decoder,
         confidence=FLAGS.confidence,
+        max_error=0.05 if FLAGS.max_error is None else FLAGS.max_error,
         batch_size=FLAGS.batch_size,
         detailed=FLAGS.split == "ood" if FLAGS.detailed_results is None else FLAGS.detailed_results,
         subset_labels=chosen_subset(first.side.labels),
     )
     folders = result_folders(checkpoints)
-    jobs = [Job(classifier, folder) for (classifier, _), folder in zip(models, folders, strict=True)]
+    parts = zip(models, folders, calibrations([model for model, _ in models], cells, others), strict=True)
+    jobs = [Job(classifier, folder, calibration) for (classifier, _), folder, calibration in parts]
     for job, result in zip(jobs, evaluate(cells, jobs, settings), strict=True):
         report(job, result, settings)
 
@@ -252,5 +328,5 @@ def report(job: Job, result: Result, settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, told_to_end)
-    command.run(main)
+    with command.sigterm_as_ctrl_c():
+        command.run(main)

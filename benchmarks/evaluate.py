@@ -98,7 +98,7 @@ def measure_metrics(args: argparse.Namespace) -> None:
                     {name: each[part] for name, each in groups.items()},
                 )
         names = {column: [str(code) for code in range(size)] for column, size in sizes.items()}
-        return make_reports(tallies, "argmax", RULES["id"], names, confidence=0.5).per_type
+        return make_reports(tallies, "argmax", RULES["id"], names, backoff={"confidence": 0.5}).per_type
 
     def published() -> pd.DataFrame:
         below = {label: np.flatnonzero(row) for label, row in enumerate(reachability)}

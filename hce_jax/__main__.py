@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from hce_jax import command
 from hce_jax.errors import ConfigError
-from hce_jax.verbs import build_store, convert, find_lr, import_torch, new_studies, ontology
+from hce_jax.verbs import annotate, build_store, convert, find_lr, import_torch, new_studies, ontology
 
 #: How a flag begins that changes a field of the configuration.
 _CHANGE = "--config."
@@ -29,6 +29,7 @@ class _Parser(argparse.ArgumentParser):
 #: Each verb is a module of hce_jax.verbs: what it is for (PURPOSE), its arguments (describe), and what it does (run).
 #: Where there is an argument ``config``, run gets the configuration, with changed fields.
 VERBS = {
+    "annotate": annotate,
     "build-store": build_store,
     "convert": convert,
     "new-studies": new_studies,

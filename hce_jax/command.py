@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -62,6 +63,27 @@ def exit_codes() -> Iterator[None]:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(INTERRUPTED)
+
+
+@contextmanager
+def sigterm_as_ctrl_c() -> Iterator[None]:
+    """End as by Ctrl-C when told to end (SIGTERM), so that nothing half done is left.
+
+    Examples
+    --------
+    >>> with sigterm_as_ctrl_c():
+    ...     signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    False
+    """
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt("told to end (SIGTERM); nothing was written")
+
+    earlier = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, earlier)
 
 
 def _parse_flags() -> None:

@@ -230,11 +230,11 @@ class Predictor:
         """
         if self.embedding_size is None:
             return Prediction(self.predict_block(cells), None)
+        variables = self.params, self.stats
         if self.reads_sparse:
-            given, function = self._first_layer_of_csr(cells.x), _both_after_first_layer
+            outputs = self._apply(_both_after_first_layer, *variables, self._first_layer_of_csr(cells.x))
         else:
-            given, function = cells.dense, _both
-        outputs = self._apply(function, self.params, self.stats, given)
+            outputs = self._apply(_both, *variables, cells.dense)
         return Prediction(*(np.asarray(output)[: len(cells)] for output in outputs))
 
     @cached_property
@@ -318,9 +318,8 @@ class Predictor:
         >>> next(predictor.contrast(x[:1], t_cell[None], b_cell[None])).gradient.argmax()  # doctest: +SKIP
         """
         n_genes = len(self.card.gene_ids)
-        for batch in self._in_batches(_contrast, x, batch_size, types_nc, rivals_nc):
-            of_genes = jax.tree.map(lambda wide: wide[:, :n_genes], (batch.gradient, batch.importance))
-            yield Contrast(batch.log_odds, *of_genes)
+        for log_odds, *wide in self._in_batches(_contrast, x, batch_size, types_nc, rivals_nc):
+            yield Contrast(log_odds, *jax.tree.map(lambda each: each[:, :n_genes], wide))
 
     def _require(self, method: str, what: str) -> None:
         _, model_class = MODELS[self.model_type]
@@ -502,7 +501,9 @@ def _explanation(model: nnx.Module, x_bw: Array) -> tuple[Float[Array, "b w"], l
     return model.explain(x_bw)
 
 
-def _contrast(model: nnx.Module, x_bw: Array, types_bc: Array, rivals_bc: Array) -> Contrast:
+def _contrast(
+    model: nnx.Module, x_bw: Array, types_bc: Array, rivals_bc: Array
+) -> tuple[Float[Array, "b"], Float[Array, "b w"], Float[Array, "b w"] | None]:
     importance_bw, logits = None, lambda x_bw: model(x_bw)[0]
     if hasattr(model, "explain"):
         importance_bw, masks = model.explain(x_bw)
@@ -518,7 +519,7 @@ def _contrast(model: nnx.Module, x_bw: Array, types_bc: Array, rivals_bc: Array)
         return types_b - rivals_b
 
     log_odds_b, gradient = jax.vjp(log_odds, x_bw)
-    return Contrast(log_odds_b, gradient(jnp.ones_like(log_odds_b))[0], importance_bw)
+    return log_odds_b, gradient(jnp.ones_like(log_odds_b))[0], importance_bw
 
 
 def _probabilities_after_first_layer(model: nnx.Module, h_bh: Float[Array, "b h"]) -> Float[Array, "b c"]:

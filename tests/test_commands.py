@@ -18,6 +18,7 @@ from stores import LABELS, N_GENES, N_TYPES, write_tiny_store
 
 from hce_jax import command
 from hce_jax.errors import CheckpointError, UserError
+from hce_jax.store.h5ad import H5adSource
 from hce_jax.training import fit
 
 ROOT = Path(__file__).parents[1]
@@ -146,6 +147,47 @@ def test_several_results_go_into_folders_of_a_named_one(store_path, trained, tmp
     assert folders == {f"out/version_{version}/sctab_test/{name}" for version in (0, 1)}
 
 
+@pytest.fixture
+def checkpoint(store_path, trained, tmp_path):
+    """A copy of the trained checkpoint, in a run of its own."""
+    (path,) = (store_path / "tb_logs").glob("*/default/version_0/checkpoints/*.ckpt")
+    return shutil.copytree(path, tmp_path / "version_0" / "checkpoints" / path.name)
+
+
+def test_calibration_on_the_validation_split_is_kept_and_used_again(store_path, checkpoint, tmp_path, evaluated):
+    arguments = (f"--checkpoint={checkpoint}", "--output_dir=out", "--decoder=backoff")
+    said = evaluated(*arguments, "--calibrate_on=val", "--max_error=0.4", data_path=store_path)
+    assert f"{checkpoint / 'calibration.json'}: calibrated on 23 cells of 1 donor, val split of" in said.err
+    assert "backoff, error <= 40 %" in said.out
+    table = pd.read_csv(tmp_path / "out" / "linear_hierarchical_metrics.csv", index_col="decoder")
+    assert table.loc["backoff", "max_error"] == 0.4
+    assert np.isnan(table.loc["backoff", "confidence"])
+    (tmp_path / "out" / "linear_hierarchical_metrics.csv").unlink()
+    assert "calibrated" not in evaluated(*arguments, "--max_error=0.4").err
+    again = pd.read_csv(tmp_path / "out" / "linear_hierarchical_metrics.csv", index_col="decoder")
+    pd.testing.assert_frame_equal(again, table)
+    with pytest.raises(UserError, match=r"--max_error=0.005 cannot be promised .* or calibrate on more donors"):
+        evaluated(*arguments, "--max_error=0.005")
+
+
+def test_studies_that_are_calibrated_on_are_not_reported(checkpoint, tmp_path, evaluated):
+    write_study(tmp_path / "one.h5ad", [*LABELS] * 8, dataset_id=["a"] * 20 + ["b"] * 20)
+    write_study(tmp_path / "two.h5ad", [*LABELS] * 6, dataset_id=["b"] * 10 + ["c"] * 20)
+    arguments = ("--split=ood", "--ood_data=one.h5ad,two.h5ad", f"--checkpoint={checkpoint}", "--output_dir=out")
+    said = evaluated(*arguments, "--calibrate_on=some/folder/one.h5ad", "--max_error=0.5")
+    assert "calibrated on 50 cells of 2 studies" in said.err
+    reported = pd.read_csv(tmp_path / "out" / "linear_per_dataset_metrics.csv")
+    assert reported[["dataset", "n_cells"]].to_numpy().tolist() == [["c", 20]]
+    assert "which is reported on" not in said.err
+    said = evaluated(*arguments, "--max_error=0.5")
+    assert "the model is calibrated on 'a', which is reported on: its promised error says little" in said.err
+    import evaluate as script  # its flags are defined for the whole process
+
+    source = H5adSource.open([tmp_path / "one.h5ad", tmp_path / "two.h5ad"])
+    assert script.named_studies(source, ["a"]) == ({"a"}, {"b", "c"})
+    assert script.named_studies(source, ["two.h5ad"]) == ({"b", "c"}, {"a"})
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -163,6 +205,15 @@ def test_several_results_go_into_folders_of_a_named_one(store_path, trained, tmp
         (("--model_type=mlp",), "is a linear model, not mlp (--model_type)"),
         (("--model_type=celltypist",), "--model_type celltypist needs --checkpoint model.pkl"),
         (("--checkpoint_list=absent.txt",), "absent.txt does not exist"),
+        (("--max_error=0.1", "--confidence=0.9"), "--max_error and --confidence exclude each other"),
+        (("--calibrate_on=val", "--confidence=0.5"), "--calibrate_on and --confidence exclude each other"),
+        (("--calibrate_on=",), "--calibrate_on has an empty name"),
+        (("--calibrate_on=a",), "--calibrate_on names studies of --split ood; with --split id it can be val only"),
+        (
+            ("--split=ood", "--ood_data=study.h5ad", "--calibrate_on=studi"),
+            "--calibrate_on: study.h5ad has no study or file 'studi'; its studies are 'study'",
+        ),
+        (("--split=ood", "--ood_data=study.h5ad", "--calibrate_on=study"), "--calibrate_on names every study"),
     ],
 )
 def test_a_mistake_on_evaluate_s_command_line_is_named(store_path, trained, tmp_path, evaluated, arguments, says):

@@ -43,6 +43,29 @@ class Decoded(NamedTuple):
     confidence: Float[np.ndarray, " n"]
 
 
+def shares(probabilities: Float[np.ndarray, "n c"]) -> Float[np.ndarray, "n c"]:
+    """Divide the probabilities of each cell by their sum; a row of zeros stays one.
+
+    Raises
+    ------
+    CheckpointError
+        If a cell's probabilities are not finite.
+
+    Examples
+    --------
+    >>> shares(np.array([[0.5, 1.5], [0.0, 0.0]], np.float32)).tolist()
+    [[0.25, 0.75], [0.0, 0.0]]
+    """
+    sum_n = probabilities.sum(axis=1, dtype=np.float32)
+    if not np.isfinite(sum_n).all():
+        n_bad = int(np.count_nonzero(~np.isfinite(sum_n)))
+        raise CheckpointError(
+            f"the model gives {n_bad} of {len(sum_n)} cells probabilities that are not numbers; its training has "
+            f"failed, or the expression holds values that are not numbers: use another checkpoint, check the cells"
+        )
+    return probabilities.astype(np.float32) / np.where(sum_n > 0, sum_n, 1)[:, None]
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Decoders:
     r"""All decoders of one hierarchy.
@@ -54,9 +77,9 @@ class Decoders:
     they predict
 
     * ``argmax``: the type of the largest p, of equals the lowest code. As published.
-    * ``backoff``: the deepest type (most ancestors) with m of at least ``confidence``; of equally deep ones that of the
-      larger m, then the lower code. If there is none: unassigned. (Selective prediction with partial rejection;
-      Theunissen et al., Bioinformatics 2024, 10.1093/bioinformatics/btae128.)
+    * ``backoff``: the deepest type (most ancestors) with m of at least ``confidence``, or that of its depth; of equally
+      deep ones that of the larger m, then the lower code. If there is none: unassigned. (Selective prediction with
+      partial rejection; Theunissen et al., Bioinformatics 2024, 10.1093/bioinformatics/btae128.)
     * ``min-distance``: the type i of the least expected distance :math:`\sum_j p_j d_{ij}`, with d the number of edges
       between two types (:func:`hce_jax.hierarchy.ontology_distances`); of equals the lowest code. (Conditional risk
       minimisation; Karthik et al., arXiv 2104.00795, who use the height of the lowest common ancestor for d.)
@@ -70,12 +93,14 @@ class Decoders:
     reachability
         R (c, c).
     confidence
-        The mass that ``backoff`` asks for, in (0, 1]. Float32 sums are allowed to fall short of it by 1e-6.
+        The mass that ``backoff`` asks for, in (0, 1]: of every type, or by depth (n_depths,), where infinity says that
+        no type of that depth is given (:meth:`hce_jax.evaluation.calibration.Calibration.thresholds_at`). Float32 sums
+        are allowed to fall short of it by 1e-6.
 
     Raises
     ------
     ConfigError
-        If the confidence is not in (0, 1].
+        If the confidence is not in (0, 1], or not one for each depth.
 
     Examples
     --------
@@ -87,10 +112,17 @@ class Decoders:
     """
 
     reachability: np.ndarray
-    confidence: float = 0.5
+    confidence: float | Float[np.ndarray, " d"] = 0.5
 
     def __post_init__(self) -> None:
-        if not 0 < self.confidence <= 1:
+        if isinstance(self.confidence, np.ndarray):
+            n_depths = int(self._depths.max()) + 1
+            if self.confidence.shape != (n_depths,) or not (self.confidence > 0).all():
+                raise ConfigError(
+                    f"the thresholds of the depths are {self.confidence.tolist()}; the hierarchy has {n_depths} depths "
+                    f"and needs one above 0 for each"
+                )
+        elif not 0 < self.confidence <= 1:
             raise ConfigError(
                 f"--confidence={self.confidence}: the share of the probability that back-off asks for lies above 0 and "
                 f"is at most 1; give for example --confidence=0.5"
@@ -135,14 +167,7 @@ class Decoders:
         return self._decode(DECODERS, probabilities)
 
     def _decode(self, names: tuple[str, ...], probabilities_nc: Float[np.ndarray, "n c"]) -> dict[str, Decoded]:
-        sum_n = probabilities_nc.sum(axis=1, dtype=np.float32)
-        if not np.isfinite(sum_n).all():
-            n_bad = int(np.count_nonzero(~np.isfinite(sum_n)))
-            raise CheckpointError(
-                f"the model gives {n_bad} of {len(sum_n)} cells probabilities that are not numbers; its training has "
-                f"failed, or the expression holds values that are not numbers: use another checkpoint, check the cells"
-            )
-        share_nc = probabilities_nc.astype(np.float32) / np.where(sum_n > 0, sum_n, 1)[:, None]
+        share_nc = shares(probabilities_nc)
         mass_nc = propagate(share_nc, self._reachability)
         choose = {
             "argmax": lambda: probabilities_nc.argmax(axis=1),
@@ -157,7 +182,8 @@ class Decoders:
         return decoded
 
     def _deepest(self, mass_nc: Float[np.ndarray, "n c"]) -> Int[np.ndarray, " n"]:
-        depth_nc = np.where(mass_nc >= self.confidence - ROUNDING, self._depths, -1)
+        threshold = self.confidence[self._depths] if isinstance(self.confidence, np.ndarray) else self.confidence
+        depth_nc = np.where(mass_nc >= threshold - ROUNDING, self._depths, -1)
         deepest_n = depth_nc.max(axis=1, keepdims=True)
         codes_n = np.where(depth_nc == deepest_n, mass_nc, -1).argmax(axis=1)
         return np.where(deepest_n[:, 0] < 0, UNASSIGNED, codes_n)

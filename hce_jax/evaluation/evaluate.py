@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from hce_jax.errors import StoreError
+from hce_jax.evaluation.calibration import Calibration
 from hce_jax.evaluation.cells import Cells
 from hce_jax.evaluation.decoders import DECODERS, Decoded, Decoders
 from hce_jax.evaluation.detailed import DetailedResults
@@ -35,7 +36,9 @@ class Settings:
     decoder
         Whose predictions the files are about; the table of the decoders has all of them.
     confidence
-        Mass that back-off asks for.
+        Mass that back-off asks for, of a job without a calibration.
+    max_error
+        Error that back-off promises, of a job with one.
     batch_size
         Cells computed at a time.
     detailed
@@ -47,16 +50,18 @@ class Settings:
     split: str
     decoder: str = DECODERS[0]
     confidence: float = 0.5
+    max_error: float = 0.05
     batch_size: int = 2048
     detailed: bool = False
     subset_labels: np.ndarray | None = None
 
 
 class Job(NamedTuple):
-    """A classifier, and the folder of its results."""
+    """A classifier, the folder of its results, and what back-off then goes by: its calibration, if it has one."""
 
     classifier: Classifier
     folder: Path
+    calibration: Calibration | None = None
 
 
 class Result(NamedTuple):
@@ -97,6 +102,8 @@ def evaluate(cells: Cells, jobs: Sequence[Job], settings: Settings) -> list[Resu
     ------
     StoreError, SourceError
         If cells cannot be read, there are none, or the results cannot be written.
+    ConfigError
+        If back-off's confidence, or the promised error, is out of range.
 
     Examples
     --------
@@ -107,19 +114,21 @@ def evaluate(cells: Cells, jobs: Sequence[Job], settings: Settings) -> list[Resu
     """
     if not cells.n_cells:
         raise StoreError(f"{cells.title} holds no cells, so there is nothing to report on; choose another")
-    decoders = Decoders(cells.side.reachability, settings.confidence)
+    decoders = [_decoders(cells, job, settings) for job in jobs]
     n_groups = {column: len(cells.lookups[column]) for column in GROUP_COLUMNS}
     tallies = [{name: Tally(cells.side.reachability, n_groups) for name in DECODERS} for _ in jobs]
     with ExitStack() as stack:
         # A place that cannot be written is found before the work; all files appear together, after it.
-        asides = [Job(job.classifier, stack.enter_context(written_together(job.folder))) for job in jobs]
+        asides = [job._replace(folder=stack.enter_context(written_together(job.folder))) for job in jobs]
         for block, decoded in _decoded(cells, asides, decoders, settings):
             labels = block.column(LABEL_COLUMN)
             groups = {column: block.column(column) for column in GROUP_COLUMNS}
             for counts, of_decoder in zip(tallies, decoded, strict=True):
                 for name, (codes, confidence) in of_decoder.items():
                     counts[name].add(labels, codes, confidence, groups)
-        results = [Result(counts, _reports(counts, cells, settings)) for counts in tallies]
+        results = [
+            Result(counts, _reports(counts, cells, job, settings)) for counts, job in zip(tallies, jobs, strict=True)
+        ]
         for aside, result in zip(asides, results, strict=True):
             _write(aside, result, cells, settings)
         written = [{path.name for path in aside.folder.iterdir()} for aside in asides]
@@ -128,15 +137,25 @@ def evaluate(cells: Cells, jobs: Sequence[Job], settings: Settings) -> list[Resu
     return results
 
 
-def _reports(tallies: dict[str, Tally], cells: Cells, settings: Settings) -> Reports:
+def _decoders(cells: Cells, job: Job, settings: Settings) -> Decoders:
+    calibrated = None if job.calibration is None else job.calibration.thresholds_at(settings.max_error)
+    return Decoders(cells.side.reachability, settings.confidence if calibrated is None else calibrated)
+
+
+def _reports(tallies: dict[str, Tally], cells: Cells, job: Job, settings: Settings) -> Reports:
     rule = RULES[settings.split]
     return make_reports(
-        tallies, settings.decoder, rule, cells.lookups, settings.subset_labels, confidence=settings.confidence
+        tallies, settings.decoder, rule, cells.lookups, settings.subset_labels, backoff=_asks_for(job, settings)
     )
 
 
+def _asks_for(job: Job, settings: Settings) -> dict[str, float]:
+    """Return what back-off asks for, by the name of its column."""
+    return {"confidence": settings.confidence} if job.calibration is None else {"max_error": settings.max_error}
+
+
 def _decoded(
-    cells: Cells, jobs: Sequence[Job], decoders: Decoders, settings: Settings
+    cells: Cells, jobs: Sequence[Job], decoders: Sequence[Decoders], settings: Settings
 ) -> Iterator[tuple[Block, list[dict[str, Decoded]]]]:
     """Give the predictions of each job, block by block, while every cell's are written."""
     with ExitStack() as stack:
@@ -146,7 +165,7 @@ def _decoded(
             if settings.detailed
         ]
         for block, probabilities in classified(cells, [job.classifier for job in jobs], settings.batch_size):
-            decoded = [decoders.decode_all(each) for each in probabilities]
+            decoded = [of_job.decode_all(each) for of_job, each in zip(decoders, probabilities, strict=True)]
             for file, of_decoder, each in zip(files, decoded, probabilities, strict=settings.detailed):
                 file.add(block, of_decoder[settings.decoder].codes, each)
             yield block, decoded
@@ -161,7 +180,8 @@ def _write(job: Job, result: Result, cells: Cells, settings: Settings) -> None:
     name, labels = job.classifier.model_type, cells.side.labels
     reports, tally = result.reports, result.tallies[settings.decoder]
     write_reports(job.folder, name, reports)
-    by_decoder = "" if settings.decoder == DECODERS[0] else f", {decoder_name(settings.decoder, settings.confidence)}"
+    decoder = decoder_name(settings.decoder, **_asks_for(job, settings))
+    by_decoder = "" if settings.decoder == DECODERS[0] else f", {decoder}"
     title = (
         f"{job.classifier.title}{by_decoder}: {{}}, {'held-out donors' if settings.split == 'id' else 'new studies'}"
     )

@@ -304,8 +304,9 @@ def decoder_scores(
     Returns
     -------
     ``f1_macro``, ``f1_macro_low``, ``f1_macro_high`` (95 %), ``accuracy`` (an unassigned cell is wrong; these four
-    after correction); what :func:`agreement` and :func:`hierarchical_scores` give; ``ece``, ``aurc`` (of the assigned
-    cells).
+    after correction); what :func:`agreement` gives; ``wrong``: of the assigned cells whose label is not too coarse to
+    say (those not below it), the share that is neither the label nor above it; what :func:`hierarchical_scores` gives;
+    ``ece``, ``aurc`` (of the assigned cells).
 
     Examples
     --------
@@ -317,12 +318,14 @@ def decoder_scores(
     """
     low, high = bootstrap_f1_macro(group_counts, labelled_only)
     shares = agreement(confusion, reachability)
+    wrong = shares["sibling"] + shares["elsewhere"]
     return {
         "f1_macro": float(f1_from_counts(group_counts.sum(axis=0), labelled_only=labelled_only)),
         "f1_macro_low": low,
         "f1_macro_high": high,
         "accuracy": shares["exact"] + shares["descendant"],
         **shares,
+        "wrong": float(_ratio(np.float64(wrong), np.float64(wrong + shares["exact"] + shares["ancestor"]))),
         **hierarchical_scores(confusion, reachability),
         "ece": expected_calibration_error(calibration),
         "aurc": area_under_risk_coverage(calibration),

@@ -80,8 +80,8 @@ class Reports(NamedTuple):
     strata
         For each of the :data:`STRATA` one row per group.
     decoders
-        One row per decoder: the ``confidence`` that it asked for, if it does, and every number of
-        :func:`hce_jax.evaluation.hierarchical.decoder_scores`.
+        One row per decoder: the ``confidence`` that it asked for or the ``max_error`` that it promised, if it does, and
+        every number of :func:`hce_jax.evaluation.hierarchical.decoder_scores`.
     calibration
         Of :func:`hce_jax.evaluation.hierarchical.calibration_table`.
     """
@@ -110,7 +110,7 @@ def make_reports(
     lookups: Mapping[str, Sequence[str]],
     subset_labels: Int[np.ndarray, " k"] | None = None,
     *,
-    confidence: float,
+    backoff: Mapping[str, float],
 ) -> Reports:
     """Make the tables of what was counted. A prediction that is a descendant of the cell's label counts as the label.
 
@@ -127,8 +127,8 @@ def make_reports(
     subset_labels
         Codes to average over in the subset table; they need not occur. :func:`published_subset` gives those of the
         published store, :func:`read_subset` those of a file.
-    confidence
-        What back-off asked for, which the table of the decoders says.
+    backoff
+        What back-off asked for, which the table of the decoders says: ``confidence`` or ``max_error``.
 
     Raises
     ------
@@ -142,7 +142,7 @@ def make_reports(
     >>> one = dict.fromkeys(GROUP_COLUMNS, np.zeros(2, int))
     >>> tally.add(np.array([0, 1]), np.array([1, 1]), np.array([0.9, 0.8]), one)
     >>> lookups = dict.fromkeys(GROUP_COLUMNS, ["blood"])
-    >>> reports = make_reports({"argmax": tally}, "argmax", RULES["ood"], lookups, confidence=0.5)
+    >>> reports = make_reports({"argmax": tally}, "argmax", RULES["ood"], lookups, backoff={"confidence": 0.5})
     >>> float(reports.overall.loc["accuracy", "f1-score"])
     1.0
     """
@@ -159,7 +159,8 @@ def make_reports(
     subset = None
     if subset_labels is not None:
         subset, _ = classification_report_frames(labels, predictions, subset_labels, n_cells)
-    asked_for = {name: {"confidence": confidence if name == BACKOFF else np.nan} for name in tallies}
+    nothing = {"confidence": np.nan, "max_error": np.nan}
+    asked_for = {name: nothing | (dict(backoff) if name == BACKOFF else {}) for name in tallies}
     scores = {name: asked_for[name] | _scores(each, rule) for name, each in tallies.items()}
     return Reports(
         overall=overall,
@@ -249,15 +250,17 @@ def overall_table(tally: Tally) -> str:
     )
 
 
-def decoder_name(decoder: str, confidence: float) -> str:
-    """Name a decoder for a person, with the confidence that it asks for.
+def decoder_name(decoder: str, confidence: float = np.nan, max_error: float = np.nan) -> str:
+    """Name a decoder for a person, with the confidence that it asks for, or the error that it promises.
 
     Examples
     --------
-    >>> decoder_name("backoff", 0.9), decoder_name("argmax", 0.9)
-    ('backoff 0.9', 'argmax')
+    >>> decoder_name("backoff", 0.9), decoder_name("backoff", max_error=0.05), decoder_name("argmax", 0.9)
+    ('backoff 0.9', 'backoff, error <= 5 %', 'argmax')
     """
-    return f"{decoder} {confidence:g}" if decoder == BACKOFF else decoder
+    if decoder != BACKOFF:
+        return decoder
+    return f"{decoder} {confidence:g}" if np.isnan(max_error) else f"{decoder}, error <= {100 * max_error:g} %"
 
 
 def decoder_table(decoders: pd.DataFrame) -> str:
@@ -273,16 +276,15 @@ def decoder_table(decoders: pd.DataFrame) -> str:
     >>> print(decoder_table(reports.decoders))  # doctest: +SKIP
     """
     shares = ["exact", "descendant", "ancestor", "sibling", "elsewhere", "unassigned"]
-    lines = [
-        f"{'decoder':13}{'macro F1 (95 %)':24}{'accuracy':>9}{'hier. F1':>9}{'distance':>9}{'ECE':>7}   "
-        + "/".join(shares)
-    ]
-    for name, row in decoders.iterrows():
+    names = [decoder_name(str(name), row["confidence"], row["max_error"]) for name, row in decoders.iterrows()]
+    width = max(13, *(len(name) + 2 for name in names))
+    columns = f"{'macro F1 (95 %)':24}{'accuracy':>9}{'hier. F1':>9}{'distance':>9}{'ECE':>7}{'wrong':>7}"
+    lines = [f"{'decoder':{width}}{columns}   {'/'.join(shares)}"]
+    for name, (_, row) in zip(names, decoders.iterrows(), strict=True):
         interval = "" if np.isnan(row["f1_macro_low"]) else f" ({row['f1_macro_low']:.4f}-{row['f1_macro_high']:.4f})"
-        what = decoder_name(str(name), row["confidence"])
         lines.append(
-            f"{what:13}{f'{row.f1_macro:.4f}{interval}':24}{row['accuracy']:>9.4f}"
-            f"{row['hierarchical_f1']:>9.4f}{row['ontology_distance']:>9.3f}{row['ece']:>7.3f}   "
+            f"{name:{width}}{f'{row.f1_macro:.4f}{interval}':24}{row['accuracy']:>9.4f}"
+            f"{row['hierarchical_f1']:>9.4f}{row['ontology_distance']:>9.3f}{row['ece']:>7.3f}{row['wrong']:>7.3f}   "
             + "/".join(f"{row[share]:.3f}" for share in shares)
         )
     return "\n".join(lines)

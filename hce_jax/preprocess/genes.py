@@ -1,17 +1,37 @@
-"""Gene alignment: which column of some cells' counts is which gene of a store or model."""
+"""Gene alignment: which column of some cells' counts is which gene of a store or model.
+
+Stores are built by :func:`align_genes`, which is told what the genes are called and refuses what it would have to mend.
+A user's own file goes through :func:`match_genes`, which looks for the names, and says what it did.
+"""
 
 import dataclasses
+import itertools
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
+import pandas as pd
 from scipy import sparse
 
 from hce_jax.errors import SourceError
+from hce_jax.preprocess.species import Species, other_species, recognise_species, without_genome
 
 #: An Ensembl gene id with its version, which says nothing about which gene it is.
 _VERSIONED = re.compile(r"(ENS[A-Z]*G\d{11})\.\d+")
+#: Columns of var whose name has one of these may say what genes are called; what they hold decides.
+_TELLING_COLUMNS = re.compile(r"gene|feature|ensembl|symbol|hgnc|accession|index|^names?$|^ids?$", re.IGNORECASE)
+#: Columns of var that say what its rows are: Cell Ranger's, the same in anndata, muon's.
+_KIND_COLUMNS = ("feature_types", "feature_type", "modality")
+#: What they say of genes; where some rows are these, the others are none.
+_GENES = ("gene expression", "rna", "gex")
+#: What they say of others. (The Census's feature_type says what kind of gene it is, such as protein_coding.)
+_NO_GENES = (
+    *("antibody capture", "antigen capture", "crispr guide capture", "multiplexing capture", "custom", "peaks"),
+    *("protein", "prot", "adt", "hto", "atac", "spike-in"),
+)
+#: Below this share of a model's genes its answers mean nothing; below that they mean less than they say.
+LEAST_COVERAGE, LOW_COVERAGE = 0.05, 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,12 +45,15 @@ class GeneAlignment:
     n_genes
         Number of our genes g.
     by
-        Whether genes were found by "feature_id" or by "feature_name".
+        How genes were found: "feature_id" or "feature_name"; of :func:`match_genes` in words.
+    notes
+        For a person: what else was seen or done.
     """
 
     places_t: np.ndarray
     n_genes: int
     by: str
+    notes: tuple[str, ...] = ()
 
     @property
     def n_found(self) -> int:
@@ -39,6 +62,8 @@ class GeneAlignment:
 
     def apply(self, counts: sparse.csr_array | sparse.csr_matrix) -> sparse.csr_array:
         """Bring counts (n, t) into our order of genes, (n, g), of the same type; the genes that we lack are left out.
+
+        Columns that are the same gene of ours are added up.
 
         Examples
         --------
@@ -49,6 +74,9 @@ class GeneAlignment:
             same = sparse.csr_array(counts)
             return same if same.has_sorted_indices else same.sorted_indices()
         kept = np.flatnonzero(self.places_t >= 0)
+        first = np.unique(self.places_t[kept], return_index=True)[1]
+        if len(first) < len(kept):
+            return self._with(kept[first]).apply(counts) + self._with(np.delete(kept, first)).apply(counts)
         n_theirs = len(self.places_t)
         column_g = np.full(self.n_genes, n_theirs, np.int32)  # of a gene that they have not: a column of zeros behind
         column_g[self.places_t[kept]] = kept
@@ -56,6 +84,12 @@ class GeneAlignment:
         by_gene = sparse.csc_array(counts)
         by_gene.resize((counts.shape[0], n_theirs + 1))
         return by_gene[:, column_g].tocsr()
+
+    def _with(self, columns: np.ndarray) -> "GeneAlignment":
+        """Return the same for some of their columns only."""
+        places_t = np.full_like(self.places_t, -1)
+        places_t[columns] = self.places_t[columns]
+        return dataclasses.replace(self, places_t=places_t)
 
 
 def align_genes(
@@ -105,6 +139,105 @@ def align_genes(
     return best
 
 
+def match_genes(
+    var: pd.DataFrame,
+    gene_ids: Sequence[str],
+    gene_names: Sequence[str],
+    where: str,
+    column: str | None = None,
+) -> GeneAlignment:
+    """Find a model's genes in a file, whatever its genes are called and wherever it says so.
+
+    The index of var and its columns that may name genes are tried, each as ids and as names; what finds most of our
+    genes is taken, the index and ids where others find as many. Versions of Ensembl ids are ignored. Upper and lower
+    case are the same where the names as they are find less than half of the genes. A name that stands for several of
+    our genes finds none; several columns of theirs may be one gene of ours, and are added up. Rows that are no genes
+    (antibodies, peaks, guides), and genes of another species in a mixture (mm10_Cd3d), are left out.
+
+    Parameters
+    ----------
+    var
+        The table of their genes (t,).
+    gene_ids, gene_names
+        Ids and names of our genes (g,).
+    where
+        What to call the cells in a message, e.g. their file.
+    column
+        The only column of var to look in (``--gene-column``); None: in all.
+
+    Raises
+    ------
+    SourceError
+        If there is no such column, no row is a gene, genes are of another species, or none is ours.
+
+    Examples
+    --------
+    >>> var = pd.DataFrame({"gene_ids": ["ENSG00000153563.9", "ENSG00000010610.9", "x"]}, ["CD8A", "CD4", "other"])
+    >>> found = match_genes(var, ["ENSG00000010610", "ENSG00000153563"], ["CD4", "CD8A"], "pbmc.h5ad")
+    >>> found.places_t.tolist(), found.by
+    ([1, 0, -1], 'the column gene_ids of var, as gene ids')
+    """
+    species = recognise_species(gene_ids) or recognise_species(gene_names)
+    names, notes = _names_in(var, column, where)
+    named, foreign = _of_our_species(names, species)
+    ours = {"gene ids": [*map(without_version, gene_ids)], "gene names": [*gene_names]}
+    best = _best(named, ours)
+    for place, other in _other_species(names, named, species):
+        if species and best.n_found < LEAST_COVERAGE * best.n_genes:
+            do = f"map them to {species.called} orthologues first"
+            raise SourceError(f"{where} has {other}, the model knows {species}; {do}")
+        notes = [*notes, f"{place} has {other}"]
+    if best.n_found < LOW_COVERAGE * best.n_genes:
+        folded = {what: [*map(str.upper, known)] for what, known in ours.items()}
+        again = _best({place: [*map(str.upper, each)] for place, each in named.items()}, folded)
+        best = max(best, dataclasses.replace(again, by=f"{again.by}, in upper or lower case"), key=_n_found)
+    if not best.n_found:
+        raise SourceError(_none_found(named, gene_ids, gene_names, where))
+    counts = Counter(best.places_t[best.places_t >= 0].tolist())
+    if several := [count for count in counts.values() if count > 1]:
+        notes = [*notes, f"{len(several):,} genes are the sum of {sum(several):,} columns"]
+    return dataclasses.replace(best, notes=(*notes, *foreign))
+
+
+def check_coverage(alignment: GeneAlignment, where: str, whose: str = "the model's") -> str | None:
+    """Return a warning if few of a model's genes are in a file.
+
+    Parameters
+    ----------
+    alignment
+        Where its genes are among the model's.
+    where
+        What to call the cells, e.g. their file.
+    whose
+        Whose genes they are to have.
+
+    Returns
+    -------
+    The warning if fewer than half of the genes are there, else None.
+
+    Raises
+    ------
+    SourceError
+        If fewer than 5 % are.
+
+    Examples
+    --------
+    >>> check_coverage(GeneAlignment(np.array([0, 2, -1]), 10, "the index of var"), "my.h5ad")  # doctest: +ELLIPSIS
+    "my.h5ad has only 2 of the model's 10 genes (20 %; looked in the index of var); the others are 0 in its cells, ..."
+    """
+    share = alignment.n_found / alignment.n_genes
+    if share >= LOW_COVERAGE:
+        return None
+    found = f"only {alignment.n_found:,} of {whose} {alignment.n_genes:,} genes"
+    few = f"{where} has {found} ({100 * share:.2g} %; looked in {alignment.by})"
+    if share < LEAST_COVERAGE:
+        raise SourceError(
+            f"{few}, too few to tell cell types; name the column of var that has Ensembl ids or gene names "
+            "(--gene-column), or give a file with all genes"
+        )
+    return f"{few}; the others are 0 in its cells, and labels are less certain than they look"
+
+
 def without_version(name: str) -> str:
     """Return an Ensembl gene id without its version, any other name as it is.
 
@@ -114,6 +247,81 @@ def without_version(name: str) -> str:
     ('ENSG00000010610', 'CD4.1')
     """
     return match[1] if (match := _VERSIONED.fullmatch(name)) else name
+
+
+def _which_are_genes(var: pd.DataFrame, where: str) -> tuple[np.ndarray, list[str]]:
+    """Return which rows of var are genes, (t,) bool, and what is said of the others."""
+    is_gene_t = np.ones(len(var), bool)
+    left_out = Counter[str]()
+    for column in _KIND_COLUMNS:
+        if column not in var:
+            continue
+        kind_t = var[column].astype(str).to_numpy(str)
+        known_t = np.char.lower(kind_t)
+        genes_t = np.isin(known_t, _GENES)
+        others_t = is_gene_t & (~genes_t if genes_t.any() else np.isin(known_t, _NO_GENES))
+        left_out.update(kind_t[others_t].tolist())
+        is_gene_t &= ~others_t
+    if left_out and not is_gene_t.any():
+        raise SourceError(f"{where} has no genes: its rows of var are {', '.join(left_out)}; give one with genes")
+    return is_gene_t, [f"{count:,} rows of var that are {kind} are left out" for kind, count in left_out.items()]
+
+
+def _names_in(var: pd.DataFrame, column: str | None, where: str) -> tuple[dict[str, list[str]], list[str]]:
+    """Return what var may call its genes, by place, "" in rows that are none; and what is said of these."""
+    texts = [
+        name
+        for name, values in var.items()
+        if isinstance(values.dtype, pd.CategoricalDtype) or pd.api.types.is_string_dtype(values.dtype)
+    ]
+    if column is None:
+        columns = [name for name in texts if _TELLING_COLUMNS.search(str(name)) and name not in _KIND_COLUMNS]
+        places = {"the index of var": var.index.to_series()}
+    elif column in texts:
+        columns, places = [column], {}
+    else:
+        has = ", ".join(map(str, texts)) or "none"
+        raise SourceError(f"{where} has no column {column!r} of text in var (--gene-column); those it has: {has}")
+    places |= {f"the column {name} of var": var[name] for name in columns}
+    is_gene_t, notes = _which_are_genes(var, where)
+    return {place: [*np.where(is_gene_t, names.astype(str), "")] for place, names in places.items()}, notes
+
+
+def _of_our_species(names: dict[str, list[str]], species: Species | None) -> tuple[dict[str, list[str]], list[str]]:
+    """Return names without genomes and versions, "" for genes of other genomes than ours; and what is said of these."""
+    bare: dict[str, list[str]] = {}
+    left_out = Counter[str]()
+    for place, each in names.items():
+        split = [without_genome(name) for name in each]
+        foreign = Counter(of for _, of in split if of and species and of not in species.names)
+        bare[place] = [without_version("" if of in foreign else name) for name, of in split]
+        left_out |= foreign
+    return bare, [f"{count:,} genes of {of} are left out" for of, count in left_out.items()]
+
+
+def _other_species(
+    names: dict[str, list[str]], named: dict[str, list[str]], species: Species | None
+) -> Iterator[tuple[str, Species]]:
+    """Find places whose genes are of another species than ours, those of other genomes only where there are no more."""
+    for place, each in names.items():
+        genes = [name for name in named[place] if name] or [without_genome(name)[0] for name in each if name]
+        if 2 * len(set(genes)) > len(genes) and (other := other_species(genes, species)):  # no classes, such as Coding
+            yield place, other
+
+
+def _best(named: dict[str, list[str]], ours: dict[str, list[str]]) -> GeneAlignment:
+    """Return the alignment that finds most of our genes, the first of equals."""
+    tried = itertools.product(ours.items(), named.items())
+    return max((_find(names, known, f"{place}, as {what}") for (what, known), (place, names) in tried), key=_n_found)
+
+
+def _none_found(named: dict[str, list[str]], gene_ids: Sequence[str], gene_names: Sequence[str], where: str) -> str:
+    looked_in = "; ".join(f"{place}: {_some([name for name in names if name])}" for place, names in named.items())
+    return (
+        f"none of the genes of {where} is among the {len(gene_ids):,} of the model ({_some(gene_ids)}; by name "
+        f"{_some(gene_names)}); looked in {looked_in}; name the column of var that has Ensembl ids or gene names "
+        "(--gene-column)"
+    )
 
 
 def _find(theirs: Sequence[str], ours: Sequence[str], by: str) -> GeneAlignment:

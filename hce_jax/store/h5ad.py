@@ -1,38 +1,31 @@
 """Cells of h5ad files, the files of anndata, as a source of raw counts."""
 
 import dataclasses
-import io
 import itertools
 import sys
 import threading
-import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import anndata
 import h5py
 import numpy as np
 import pandas as pd
-from anndata.io import read_elem, write_elem
 from scipy import sparse
 
-from hce_jax.errors import SourceError, UserError
+from hce_jax.errors import SourceError
 from hce_jax.preprocess.genes import GeneAlignment, align_genes, without_version
+from hce_jax.store.anndata_file import modernized, opened, read_columns, read_element
 from hce_jax.store.cell_source import TERM_COLUMN, TEXT_COLUMNS, UNKNOWN, CellSource
-from hce_jax.store.h5ad_matrices import LARGEST_NORMALIZED, find_raw_counts, kind_of, matrices_of
+from hce_jax.store.matrices import RowReader, has_numbers, matrices_of
 from hce_jax.store.new_studies import refuse_incomplete
+from hce_jax.store.raw_counts import LARGEST_NORMALIZED, find_raw_counts
 from hce_jax.store.schema import LABEL_COLUMN, SPLITS
 
 #: Columns of var that may hold the names of genes; the first that is there counts.
 _NAME_COLUMNS = ("feature_name", "gene_symbols", "gene_symbol", "gene_name", "gene_names", "symbol")
-#: Values read at a time: some 2,000 cells, 32 MB.
-_VALUES_AT_A_TIME = 1 << 22
-#: Cells are read in one go when no more values lie between them: reading these costs less than finding a new place.
-_GAP = 1 << 15
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +123,7 @@ class H5adSource(CellSource):
         Examples
         --------
         >>> import tempfile
+        >>> import anndata
         >>> path = Path(tempfile.mkdtemp()) / "study.h5ad"
         >>> obs = pd.DataFrame({"cell_type": ["T cell", "neuron"], "donor_id": ["a", "b"]}, index=["1", "2"])
         >>> var = pd.DataFrame(index=["CD4", "CD8A"])
@@ -285,6 +279,8 @@ class _File:
         Why that matrix, for a person; empty where it was named or is the only one.
     genes
         ``feature_id``, ``feature_name`` and, if known, ``feature_type`` of that matrix's genes (t,).
+    reader
+        Reads that matrix.
     modern
         The file as anndata writes it now, in memory, if it is from before anndata 0.7.
     """
@@ -299,19 +295,16 @@ class _File:
     others: tuple[str, ...]
     choice: str
     genes: pd.DataFrame
+    reader: RowReader
     modern: h5py.File | None
-    _lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
     _told: threading.Event = dataclasses.field(default_factory=threading.Event)
 
     @staticmethod
     def open(path: Path, columns: H5adColumns, needs_donors: bool) -> "_File":
         """Look through a file."""
         status = path.stat()
-        with _opened(path) as file:
-            if not {"obs", "var"} <= set(file):
-                raise SourceError(f"{path} is an HDF5 file, but no h5ad file: it has no obs and var")
-            modern = _modernized(path) if isinstance(file["obs"], h5py.Dataset) else None
-        with _opened(path, modern) as file:
+        modern = modernized(path)
+        with opened(path, modern) as file:
             matrices = matrices_of(file)
             counts, choice = (columns.counts or "X").removeprefix("layers/"), ""
             if columns.counts is None and matrices:
@@ -320,23 +313,26 @@ class _File:
                 what = f"has no matrix {counts!r}; it has {', '.join(matrices) or 'none'}"
                 raise SourceError(f"{path.name} {what}; name the one with raw counts (--counts)")
             place, var_place = matrices[counts]
+            if not has_numbers(file[place]):
+                raise SourceError(f"{path.name}: {counts} is no matrix of numbers; name another (--counts)")
             obs = file["obs"]
             index = obs[obs.attrs["_index"]]
-            genes = _genes(path.name, _read(file[var_place]), columns.gene)
+            n_cells = len(index if isinstance(index, h5py.Dataset) else index["values"])
+            genes = _genes(path.name, read_element(file[var_place]), columns.gene)
             found = _File(
                 path=path,
                 bytes=status.st_size,
                 mtime_ns=status.st_mtime_ns,
-                n_cells=len(index if isinstance(index, h5py.Dataset) else index["values"]),
+                n_cells=n_cells,
                 obs_columns=tuple(obs.attrs["column-order"]),
                 counts=counts,
                 place=place,
                 others=tuple(name for name in matrices if name != counts),
                 choice=choice,
                 genes=genes,
+                reader=RowReader.of(path.name, counts, file[place], n_cells, len(genes)),
                 modern=modern,
             )
-            found._check_matrix(file[place])
         found._check_columns(columns, needs_donors)
         return found
 
@@ -344,17 +340,6 @@ class _File:
     def name(self) -> str:
         """What to call it."""
         return self.path.name
-
-    def _check_matrix(self, matrix: h5py.Group | h5py.Dataset) -> None:
-        is_dense = kind_of(matrix) == "dense"
-        if (matrix if is_dense else matrix["data"]).dtype.kind not in "biuf":
-            raise SourceError(f"{self.name}: {self.counts} is no matrix of numbers; name another (--counts)")
-        n_cells, n_genes = map(int, matrix.shape if is_dense else matrix.attrs["shape"])
-        if (n_cells, n_genes) != (self.n_cells, len(self.genes)):
-            raise SourceError(
-                f"{self.name} is damaged: {self.counts} has {n_cells:,} cells and {n_genes:,} genes, but obs has "
-                f"{self.n_cells:,} and var {len(self.genes):,}"
-            )
 
     def _check_columns(self, columns: H5adColumns, needs_donors: bool) -> None:
         needed = {"label": "the cell types"}
@@ -405,37 +390,15 @@ class _File:
         return truths.to_numpy(bool)
 
     def _read_columns(self, names: Iterable[str]) -> pd.DataFrame:
-        with _opened(self.path, self.modern) as file:
-            obs = file["obs"]
-            if obs.attrs.get("encoding-version") == "0.1.0":  # of anndata 0.7: categories lie apart from their column
-                return _read(obs).reset_index(drop=True)
-            return pd.DataFrame({name: _read(obs[name]) for name in names}, index=pd.RangeIndex(self.n_cells))
+        with opened(self.path, self.modern) as file:
+            return read_columns(file["obs"], names, self.n_cells)
 
     def read_counts(self, rows: np.ndarray) -> Iterator[sparse.csr_array]:
         """Read the counts of some cells, ascending, some at a time, (n, t) float32."""
         if len(rows):
-            with _opened(self.path, self.modern) as file:
-                for part in self._parts(file[self.place], rows):
+            with opened(self.path, self.modern) as file:
+                for part in self.reader.parts(file[self.place], rows):
                     yield self._checked(part)
-
-    def _parts(self, matrix: h5py.Group | h5py.Dataset, rows: np.ndarray) -> Iterator[sparse.csr_array]:
-        if kind_of(matrix) == "csr":
-            return _parts_of_csr(matrix, rows, len(self.genes))
-        if kind_of(matrix) == "dense":
-            return _parts_of_dense(matrix, rows)
-        with self._lock:  # of several threads only one reads it
-            return iter([self._whole[rows]])
-
-    @cached_property
-    def _whole(self) -> sparse.csr_array:
-        """All cells of a file that keeps them by gene, in which one cell cannot be found without reading all."""
-        print(f"{self.name} keeps {self.counts} by gene (CSC): all of it is read into memory", file=sys.stderr)
-        with _opened(self.path, self.modern) as file:
-            matrix = file[self.place]
-            values = (matrix["data"][:], matrix["indices"][:], matrix["indptr"][:])
-        by_gene = sparse.csc_array(values, shape=(self.n_cells, len(self.genes)))
-        by_gene.check_format()  # else a damaged one may end the process
-        return sparse.csr_array(by_gene)
 
     def _checked(self, part: sparse.csr_array) -> sparse.csr_array:
         part = part.astype(np.float32, copy=False)
@@ -465,33 +428,6 @@ class _File:
         return f"; name another matrix (--counts): it has {others}" if others else "; it has no other matrix"
 
 
-@contextmanager
-def _opened(path: Path, modern: h5py.File | None = None) -> Iterator[h5py.File]:
-    if modern is not None:
-        yield modern
-        return
-    try:
-        with h5py.File(path) as file:
-            yield file
-    except (UserError, MemoryError):
-        raise
-    except Exception as error:  # h5py and anndata have no error of their own: a damaged file makes them raise anything
-        raise SourceError(f"{path} cannot be read as h5ad, it may be damaged ({error})") from error
-
-
-def _read(element: h5py.Group | h5py.Dataset) -> Any:
-    with warnings.catch_warnings(action="ignore", category=anndata.OldFormatWarning):
-        return read_elem(element)
-
-
-def _modernized(path: Path) -> h5py.File:
-    """Bring a file from before anndata 0.7, which can only be read whole, into today's form."""
-    modern = h5py.File(io.BytesIO(), "w")
-    with warnings.catch_warnings(action="ignore"):  # about the old form
-        write_elem(modern, "/", anndata.read_h5ad(path))
-    return modern
-
-
 def _genes(name: str, var: pd.DataFrame, column: str | None) -> pd.DataFrame:
     if column is not None and column not in var:
         has = ", ".join(map(str, var.columns)) or "none"
@@ -519,29 +455,3 @@ def _categories(values: pd.Series) -> pd.Categorical:
     texts = pd.Categorical([*(str(value) or UNKNOWN for value in different), UNKNOWN])
     every = pd.Categorical.from_codes(texts.codes[codes], texts.categories)  # -1, missing, is the last: unknown
     return every.remove_unused_categories()
-
-
-def _stretches(start_n: np.ndarray, stop_n: np.ndarray) -> list[slice]:
-    """Cut cells, given the places of their first and past their last values, into stretches to be read in one go."""
-    far = (start_n[1:] - stop_n[:-1] > _GAP) | (np.diff(start_n // _VALUES_AT_A_TIME) > 0)
-    ends = [0, *(np.flatnonzero(far) + 1).tolist(), len(start_n)]
-    return [slice(low, high) for low, high in itertools.pairwise(ends)]
-
-
-def _parts_of_csr(matrix: h5py.Group, rows: np.ndarray, n_genes: int) -> Iterator[sparse.csr_array]:
-    first = int(rows[0])
-    ends = matrix["indptr"][first : int(rows[-1]) + 2].astype(np.int64)
-    for stretch in _stretches(ends[rows - first], ends[rows - first + 1]):
-        low, high = rows[stretch][0] - first, rows[stretch][-1] - first + 1
-        start, stop = int(ends[low]), int(ends[high])
-        values = (matrix["data"][start:stop], matrix["indices"][start:stop], ends[low : high + 1] - start)
-        part = sparse.csr_array(values, shape=(high - low, n_genes))
-        part.check_format()  # else a damaged one may end the process
-        yield part if stretch.stop - stretch.start == high - low else part[rows[stretch] - first - low]
-
-
-def _parts_of_dense(matrix: h5py.Dataset, rows: np.ndarray) -> Iterator[sparse.csr_array]:
-    n_genes = matrix.shape[1]
-    for stretch in _stretches(rows * n_genes, (rows + 1) * n_genes):
-        low, high = int(rows[stretch][0]), int(rows[stretch][-1]) + 1
-        yield sparse.csr_array(matrix[low:high][rows[stretch] - low])

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from hce_jax.errors import CheckpointError, ConfigError
-from hce_jax.evaluation.decoders import DECODERS, Decoders
+from hce_jax.evaluation.decoders import DECODERS, UNASSIGNED, Decoders
 from hce_jax.hierarchy import depths, ontology_distances, propagate, reachability_from_edges
 
 # 0 -> 1, 0 -> 2, 1 -> 3 <- 2 (a type with two parents), and 4 alone.
@@ -16,13 +16,13 @@ def random_hierarchy(rng, n_types=30):
 
 
 def decoded_by_hand(name, p, reach, confidence):
-    """One cell in float64, type by type; the oracle of the random tests."""
+    """One cell in float64, type by type; the oracle of the random tests. The confidence is that of each type."""
     types = range(len(p))
     mass = [sum(p[j] for j in types if reach[i, j]) for i in types]
     if name == "argmax":
         code = max(types, key=lambda i: (p[i], -i))
     elif name == "backoff":
-        held = [i for i in types if mass[i] >= confidence]
+        held = [i for i in types if mass[i] >= confidence[i]]
         code = max(held, key=lambda i: (reach[:, i].sum(), mass[i], -i), default=-1)
     else:
         distance = ontology_distances(reach)
@@ -61,12 +61,40 @@ def test_random_cells_are_decoded_as_one_would_by_hand(seed, name):
     confidence = (0.35, 0.6)[seed]
     probabilities = rng.dirichlet(np.full(30, 0.1), size=150).astype(np.float32)
     codes, masses = zip(
-        *(decoded_by_hand(name, p.astype(float), reach, confidence) for p in probabilities), strict=True
+        *(decoded_by_hand(name, p.astype(float), reach, [confidence] * 30) for p in probabilities), strict=True
     )
     decoded = Decoders(reach, confidence).decode(name, probabilities)
     assert decoded.codes.tolist() == list(codes)
     assert decoded.confidence.dtype == np.float32
     np.testing.assert_allclose(decoded.confidence, masses, atol=1e-6)
+
+
+def test_each_depth_may_ask_for_another_mass_and_infinity_for_none_of_its_types():
+    rng = np.random.default_rng(4)
+    reach = random_hierarchy(rng)
+    depth = depths(reach)
+    threshold = rng.uniform(0.2, 0.9, depth.max() + 1)
+    threshold[2] = np.inf
+    probabilities = rng.dirichlet(np.full(30, 0.1), size=300).astype(np.float32)
+    expected = [decoded_by_hand("backoff", p.astype(float), reach, threshold[depth])[0] for p in probabilities]
+    codes = Decoders(reach, threshold).decode("backoff", probabilities).codes
+    assert codes.tolist() == expected
+    assert {*depth[codes[codes >= 0]]} > {0, 1}
+    assert (depth[codes[codes >= 0]] != 2).all()
+    nothing = Decoders(reach, np.full(depth.max() + 1, np.inf)).decode_all(probabilities)
+    assert (nothing["backoff"].codes == UNASSIGNED).all()
+    plain = Decoders(reach).decode_all(probabilities)  # the other decoders ask for nothing
+    assert (nothing["argmax"].codes == plain["argmax"].codes).all()
+    assert (nothing["min-distance"].codes == plain["min-distance"].codes).all()
+
+
+@pytest.mark.parametrize(
+    "threshold", [[0.5, 0.5], [0.5, 0.5, 0.5], [0.5, 0.5, 0.5, 0.5, 0.5], [0.5, 0, 0.5, 0.5], [0.5, np.nan, 0.5, 0.5]]
+)
+def test_thresholds_that_are_not_one_above_zero_for_each_depth_are_refused(threshold):
+    assert depths(FIVE_TYPES).max() == 3
+    with pytest.raises(ConfigError, match="the hierarchy has 4 depths and needs one above 0 for each"):
+        Decoders(FIVE_TYPES, np.array(threshold))
 
 
 def test_equal_expected_distances_are_equal_whatever_float32_makes_of_them():

@@ -7,6 +7,7 @@ from coded_cells import label_of
 from evaluated import REACHABILITY, CodedCells, CodedClassifier, probabilities_of
 
 from hce_jax.errors import ConfigError, StoreError
+from hce_jax.evaluation.calibration import Calibration
 from hce_jax.evaluation.decoders import Decoders
 from hce_jax.evaluation.evaluate import Job, Settings, evaluate
 
@@ -53,6 +54,25 @@ def test_files_are_about_the_decoder_that_was_asked_for(tmp_path, decoder):
     assert (calibration["cells"] * calibration["confidence"]).sum() == pytest.approx(confidence.sum())
     written = pd.read_csv(tmp_path / "coded_overall_metrics.csv", index_col=0)
     np.testing.assert_allclose(result.reports.overall, written, rtol=1e-12)
+
+
+def test_back_off_goes_by_the_calibration_of_a_model_that_has_one(tmp_path):
+    curves = np.array([[0.0, 1.0], [0.2, 1.5], [0.0, 0.7]])
+    errors, confidences = np.array([0.02, 0.05, 0.1]), np.array([0.9, 0.55, 0.5])
+    calibration = Calibration("cells", 9, "study", 2, ("a", "b"), "", errors, confidences, curves)
+    jobs = [Job(CodedClassifier(), tmp_path / "plain"), Job(CodedClassifier(), tmp_path / "calibrated", calibration)]
+    evaluate(CodedCells([60]), jobs, Settings("ood", decoder="backoff", confidence=0.75, max_error=0.06, detailed=True))
+    probabilities = probabilities_of(CELLS)
+    for name, confidence in (("plain", 0.75), ("calibrated", calibration.thresholds_at(0.05))):
+        codes, _ = Decoders(REACHABILITY, confidence).decode("backoff", probabilities)
+        detailed = pd.read_parquet(tmp_path / name / "coded_detailed_results.parquet")
+        assert list(detailed["y_pred"]) == [f"T{code}" if code >= 0 else "unassigned" for code in codes]
+        row = pd.read_csv(tmp_path / name / "coded_hierarchical_metrics.csv", index_col="decoder").loc["backoff"]
+        assert row["unassigned"] == (codes == -1).mean()
+        asked_for = [0.75, np.nan] if name == "plain" else [np.nan, 0.06]
+        np.testing.assert_array_equal(row[["confidence", "max_error"]], asked_for)
+    read = pd.read_csv(tmp_path / "plain" / "coded_overall_metrics.csv")
+    assert not read.equals(pd.read_csv(tmp_path / "calibrated" / "coded_overall_metrics.csv"))
 
 
 def test_what_an_older_evaluation_wrote_and_this_one_did_not_is_removed_and_said(tmp_path, capsys):

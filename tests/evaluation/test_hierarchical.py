@@ -261,6 +261,7 @@ def test_the_row_of_a_decoder_has_the_numbers_of_its_parts(labelled_only):
         "f1_macro_high": high,
         "accuracy": accuracy_score(targets, corrected),
         **agreement(confusion, FIVE_TYPES),
+        "wrong": 3 / 7,
         **hierarchical_scores(confusion, FIVE_TYPES),
         "ece": expected_calibration_error(calibration),
         "aurc": area_under_risk_coverage(calibration),

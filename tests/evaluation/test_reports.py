@@ -36,7 +36,7 @@ def counted(targets, predictions, reachability=REACHABILITY, groups=None):
 
 
 def reports_of(tally, split="id", subset=None):
-    return make_reports({"argmax": tally}, "argmax", RULES[split], LOOKUPS, subset, confidence=0.5)
+    return make_reports({"argmax": tally}, "argmax", RULES[split], LOOKUPS, subset, backoff={"confidence": 0.5})
 
 
 @pytest.mark.golden("eval_report")
@@ -160,11 +160,21 @@ def test_subset_of_types_without_cells_is_all_zero():
 
 def test_the_comparison_says_what_back_off_asked_for():
     tallies = dict.fromkeys(("argmax", "backoff"), counted(TARGETS, PREDICTIONS))
-    decoders = make_reports(tallies, "argmax", RULES["id"], LOOKUPS, confidence=0.9).decoders
-    assert decoders.columns[0] == "confidence"
+    decoders = make_reports(tallies, "argmax", RULES["id"], LOOKUPS, backoff={"confidence": 0.9}).decoders
+    assert list(decoders.columns[:2]) == ["confidence", "max_error"]
     assert decoders.loc["backoff", "confidence"] == 0.9
     assert np.isnan(decoders.loc["argmax", "confidence"])
     assert [line.split("  ")[0] for line in decoder_table(decoders).splitlines()[1:]] == ["argmax", "backoff 0.9"]
+
+
+def test_the_comparison_says_what_back_off_promised():
+    tallies = dict.fromkeys(("argmax", "backoff"), counted(TARGETS, PREDICTIONS))
+    decoders = make_reports(tallies, "argmax", RULES["id"], LOOKUPS, backoff={"max_error": 0.025}).decoders
+    heading, argmax, backoff = decoder_table(decoders).splitlines()
+    assert backoff.startswith("backoff, error <= 2.5 %  0.3")
+    assert heading.index("macro F1") == argmax.index("0.3") == backoff.index("0.3")
+    assert heading.split()[-2:] == ["wrong", "exact/descendant/ancestor/sibling/elsewhere/unassigned"]
+    assert backoff.split()[-2] == "0.400"  # two exact, an ancestor, two elsewhere; the descendant is not told
 
 
 def test_subset_file_names_types_by_label_or_code(tmp_path):

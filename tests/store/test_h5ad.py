@@ -12,7 +12,7 @@ import pytest
 from scipy import sparse
 
 from hce_jax.errors import SourceError
-from hce_jax.store import h5ad, h5ad_matrices
+from hce_jax.store import matrices, raw_counts
 from hce_jax.store.cell_source import TERM_COLUMN, TEXT_COLUMNS
 from hce_jax.store.h5ad import H5adColumns, H5adSource
 
@@ -76,8 +76,8 @@ ROWS = (range(40), [7], [0, 39], range(11, 29), [1, 3, 4, 17, 19, 21, 30, 38])
 @pytest.fixture
 def small_reads(monkeypatch):
     """Let some dozen counts be many."""
-    monkeypatch.setattr(h5ad, "_VALUES_AT_A_TIME", 50)
-    monkeypatch.setattr(h5ad, "_GAP", 20)
+    monkeypatch.setattr(matrices, "_VALUES_AT_A_TIME", 50)
+    monkeypatch.setattr(matrices, "_GAP", 20)
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
@@ -129,11 +129,11 @@ def test_nothing_but_the_stretches_that_hold_the_cells_is_read(tmp_path, small_r
 
 
 def test_stretches_end_before_wide_gaps_and_when_they_hold_much(monkeypatch):
-    monkeypatch.setattr(h5ad, "_VALUES_AT_A_TIME", 100)
-    monkeypatch.setattr(h5ad, "_GAP", 30)
+    monkeypatch.setattr(matrices, "_VALUES_AT_A_TIME", 100)
+    monkeypatch.setattr(matrices, "_GAP", 30)
     start = np.array([0, 10, 51, 82, 95, 105, 300])
     stop = np.array([10, 20, 60, 95, 105, 200, 310])
-    assert h5ad._stretches(start, stop) == [slice(0, 2), slice(2, 5), slice(5, 6), slice(6, 7)]
+    assert matrices._stretches(start, stop) == [slice(0, 2), slice(2, 5), slice(5, 6), slice(6, 7)]
 
 
 @pytest.mark.parametrize("genes", [range(N_GENES), [3, 0, 16, 5], [4, 99]], ids=["all", "some", "one it lacks"])
@@ -259,7 +259,7 @@ def test_files_of_which_the_same_is_to_be_said_share_a_line(tmp_path, capsys):
 
 @pytest.mark.parametrize("kind", [sparse.csr_matrix, sparse.csc_matrix, np.asarray])
 def test_few_values_tell_where_the_raw_counts_are(tmp_path, monkeypatch, kind):
-    monkeypatch.setattr(h5ad_matrices, "_LOOKED_AT", 50)
+    monkeypatch.setattr(raw_counts, "_LOOKED_AT", 50)
     adata = cells_of(range(40))
     adata.X = kind(adata.X.toarray())
     adata.write_h5ad(tmp_path / "cells.h5ad")

@@ -1,57 +1,18 @@
-"""The matrices of an h5ad file, and which of them has the raw counts."""
+"""Which matrix of an h5ad file has the raw counts."""
 
 import dataclasses
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import h5py
 import numpy as np
 
 from hce_jax.errors import SourceError
+from hce_jax.store.matrices import Place, kind_of
 
 #: Raw counts of hardly a cell stay below this, normalised values of every cell do.
 LARGEST_NORMALIZED = 20
 #: Values, those of some hundred cells, that tell whether a matrix has raw counts.
 _LOOKED_AT = 1 << 18
-
-
-class Place(NamedTuple):
-    """Where a matrix lies in its file, and the table of its genes."""
-
-    matrix: str
-    var: str
-
-    def __str__(self) -> str:
-        return "raw" if self.matrix == "raw/X" else self.matrix
-
-
-def matrices_of(file: h5py.File) -> dict[str, Place]:
-    """Find the matrices of a file by name: layers, X and raw.
-
-    Examples
-    --------
-    >>> matrices_of(h5py.File("study.h5ad"))  # doctest: +SKIP
-    {'X': Place(matrix='X', var='var'), 'raw': Place(matrix='raw/X', var='raw/var')}
-    """
-    places = {name: Place(f"layers/{name}", "var") for name in file.get("layers", ())}
-    for name, place in (("X", Place("X", "var")), ("raw", Place("raw/X", "raw/var"))):
-        if place.matrix in file:
-            places[name] = place
-    return {name: place for name, place in places.items() if kind_of(file[place.matrix]) is not None}
-
-
-def kind_of(matrix: h5py.Group | h5py.Dataset) -> str | None:
-    """Tell how a matrix is kept: by cell ("csr"), by gene ("csc"), in full ("dense"); None if it is none.
-
-    Examples
-    --------
-    >>> import io
-    >>> kind_of(h5py.File(io.BytesIO(), "w").create_dataset("X", data=np.eye(2)))
-    'dense'
-    """
-    if isinstance(matrix, h5py.Dataset):
-        return "dense" if matrix.ndim == 2 else None
-    return {"csr_matrix": "csr", "csc_matrix": "csc"}.get(matrix.attrs.get("encoding-type"))
 
 
 def find_raw_counts(name: str, file: h5py.File, places: Mapping[str, Place]) -> tuple[str, str]:
@@ -82,6 +43,7 @@ def find_raw_counts(name: str, file: h5py.File, places: Mapping[str, Place]) -> 
     Examples
     --------
     >>> import io
+    >>> from hce_jax.store.matrices import matrices_of
     >>> file = h5py.File(io.BytesIO(), "w")
     >>> file["X"], file["layers/counts"] = np.array([[0.7, 1.1]]), np.array([[1, 2]])
     >>> find_raw_counts("study.h5ad", file, matrices_of(file))

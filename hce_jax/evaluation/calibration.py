@@ -1,0 +1,498 @@
+r"""Confidence that means a share, and the confidence that keeps a promised error, learned from labelled cells.
+
+A cell gets a type when the mass m of the type's subtree reaches the threshold of its depth
+(:class:`hce_jax.evaluation.decoders.Decoders`). At each depth (:func:`hce_jax.hierarchy.depths`) a cell has one
+candidate k, the type of that depth with the largest m. The label t that authors gave the cell says of it one of three
+things:
+
+=======  ====================================================
+right    k is t, or above t
+untold   k is below t: the label is too coarse to say
+wrong    none of these
+=======  ====================================================
+
+Everything here is about the told candidates, those that are right or wrong.
+
+**Confidence** is a curve for each depth d, whose two numbers are fitted to the told candidates of that depth, the most
+probable ones with a Gaussian prior about 0 and 1, where the curve gives m itself (Platt scaling, Platt 1999):
+
+.. math:: confidence = sigmoid(a_d + b_d\, logit(m)), \quad b_d \ge 0
+
+**A promised error** becomes the confidence that a label must have. Each cell is given its deepest candidate with a
+confidence of at least :math:`\tau`; the lowest :math:`\tau` of one half or more is taken at which the labels, W of T
+told ones wrong, have an error of at most what was promised by the upper end of its one-sided 95 % interval. Cells of a
+donor (or of a study) resemble each other, so that what counts is how much the U donors with told labels differ (the
+variance of a ratio over clusters, linearised; Cochran, Sampling Techniques, 1977, ch. 6 and 11), or chance alone if
+that is more:
+
+.. math::
+
+    p + t_{0.95,\,U-1}\, s, \quad p = \frac{W + 1}{T + 1}, \quad
+    s^2 = \max\left(\frac{p (1 - p)}{T},\ \frac{U}{U - 1} \sum_u \frac{(W_u - p\, T_u)^2}{T^2}\right)
+
+A single donor counts as two that are alike.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from scipy.optimize import minimize
+from scipy.special import expit, logit, stdtrit
+
+from hce_jax.errors import CheckpointError, ConfigError, StoreError
+from hce_jax.evaluation.cells import Cells, StoreCells
+from hce_jax.evaluation.decoders import ROUNDING, shares
+from hce_jax.evaluation.predict import Classifier, classified
+from hce_jax.files import written_aside
+from hce_jax.hierarchy import depths, propagate
+from hce_jax.predictor import Ensemble, Predictor
+from hce_jax.store import LABEL_COLUMN, Block, SideFiles, open_store
+from hce_jax.typing import Float, Int
+
+#: Name of the file in a checkpoint's folder.
+CALIBRATION_FILE = "calibration.json"
+#: The errors that can be promised: by half a per cent to 5 %, by one to 20 %, by five to 50 %.
+MAX_ERRORS = tuple(n / 1000 for n in (*range(5, 50, 5), *range(50, 200, 10), *range(200, 501, 50)))
+#: Whose cells resemble each other: those of a donor, or, of new studies, those of a study.
+Unit = Literal["donor", "study"]
+#: Cells that are read for a calibration, at most; how sure it is hangs on how many donors there are.
+MOST_CELLS = 50_000
+
+_FORMAT_VERSION = 1
+#: What the confidence of a promise is chosen from, log-odds in steps of 0.05 up to 99.97 %. From one half: a label that
+#: is more likely wrong than right is never given, and where labels are coarse its error would not be seen.
+_CONFIDENCES = expit(np.arange(161) / 20)
+#: One-sided level of the bound.
+_LEVEL = 0.95
+#: Standard deviation of the prior of a curve's two numbers.
+_PRIOR_SD = 1.0
+#: Verdicts of a label on a type.
+UNTOLD, RIGHT, WRONG = 0, 1, 2
+
+
+class Candidates(NamedTuple):
+    """What some labelled cells say of a model.
+
+    Attributes
+    ----------
+    mass
+        Of the candidate of each depth (n, d) float32; 0 at a depth without types.
+    verdict
+        Of the cell's label on the candidate (n, d) int8: untold, right or wrong.
+    unit
+        Number of the unit of each cell, 0, 1, 2, ... (n,).
+    """
+
+    mass: Float[np.ndarray, "n d"]
+    verdict: Int[np.ndarray, "n d"]
+    unit: Int[np.ndarray, " n"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Calibration:
+    """What was learned of a model from labelled cells.
+
+    Attributes
+    ----------
+    title
+        What the cells are, e.g. "val split of STORE".
+    n_cells
+        Cells that were read.
+    unit, n_units
+        Whose cells resemble each other, "donor" or "study", and how many of them there are.
+    studies
+        Of "study" their names: they are not to be reported on.
+    types
+        A checksum of the labels and their hierarchy, for which alone this holds.
+    max_errors
+        Errors that can be promised (e,), ascending.
+    confidences
+        For each of them the confidence that a label must have (e,); infinite where no promise is possible.
+    curves
+        For each depth a and b of the confidence sigmoid(a + b logit(m)) (d, 2).
+
+    Examples
+    --------
+    >>> curves = np.array([[0.0, 1.0], [-2.0, 1.0]])  # labels of depth 1 are less often right than the mass says
+    >>> calibration = Calibration("cells", 5000, "donor", 12, (), "", np.array([0.05]), np.array([0.9]), curves)
+    >>> calibration.confidence(np.array([0.9, 0.9]), np.array([0, 1])).round(3)
+    array([0.9  , 0.549], dtype=float32)
+    >>> calibration.thresholds_at(0.05).round(3).tolist()
+    [0.9, 0.985]
+    """
+
+    title: str
+    n_cells: int
+    unit: Unit
+    n_units: int
+    studies: tuple[str, ...]
+    types: str
+    max_errors: Float[np.ndarray, " e"]
+    confidences: Float[np.ndarray, " e"]
+    curves: Float[np.ndarray, "d 2"]
+
+    @property
+    def about(self) -> str:
+        """Which cells it is from, and what its promise is worth where they are of one unit, for a person."""
+        units = {"donor": "donors", "study": "studies"}[self.unit] if self.n_units > 1 else self.unit
+        weak = f"; one {self.unit} says little of others: its promise is weak" if self.n_units == 1 else ""
+        return f"calibrated on {self.n_cells:,} cells of {self.n_units:,} {units}, {self.title}{weak}"
+
+    def confidence_at(self, max_error: float) -> float:
+        """Return the confidence that a label must have, so that at most this share of the told labels is wrong.
+
+        Parameters
+        ----------
+        max_error
+            The promised error; of the ones that there is a confidence for, the largest that does not exceed it counts.
+
+        Raises
+        ------
+        ConfigError
+            If it is not from 0.005 to 0.5, or more than these cells can promise.
+        """
+        lowest, highest = self.max_errors[0], self.max_errors[-1]
+        if not lowest <= max_error <= highest:
+            raise ConfigError(
+                f"--max_error={max_error:g}: an error that can be promised lies between {lowest:g} and {highest:g}; "
+                "give for example --max_error=0.05"
+            )
+        confidence = float(self.confidences[np.searchsorted(self.max_errors, max_error, side="right") - 1])
+        if math.isinf(confidence):
+            possible = self.max_errors[np.isfinite(self.confidences)]
+            least = f"the least is {possible[0]:g}; give that" if len(possible) else "nor can any other"
+            raise ConfigError(
+                f"--max_error={max_error:g} cannot be promised ({self.about}): {least}, or calibrate on more "
+                f"{'donors' if self.unit == 'donor' else 'studies'}, or give --confidence instead"
+            )
+        return confidence
+
+    def thresholds_at(self, max_error: float) -> Float[np.ndarray, " d"]:
+        """Return the mass that the label must hold at each depth; infinite: no label of that depth is sure enough.
+
+        Parameters and errors as :meth:`confidence_at`.
+        """
+        return _thresholds(self.curves, self.confidence_at(max_error))
+
+    def confidence(self, mass: Float[np.ndarray, " n"], depth: Int[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+        """Return the share of right ones among told types of such a mass and depth.
+
+        Parameters
+        ----------
+        mass
+            Of the subtree of each cell's type, in [0, 1].
+        depth
+            Of that type.
+        """
+        intercept_n, slope_n = self.curves[depth].T
+        return expit(intercept_n + slope_n * _log_odds(mass)).astype(np.float32)
+
+    def write(self, path: Path) -> None:
+        """Write it as JSON; what is there is replaced as a whole.
+
+        Raises
+        ------
+        OSError
+            If it cannot be written.
+        """
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        lists = {name: value.tolist() for name, value in fields.items() if isinstance(value, np.ndarray)}
+        lists["confidences"] = [each if math.isfinite(each) else None for each in lists["confidences"]]
+        about = {"format_version": _FORMAT_VERSION, "about": self.about}
+        with written_aside(path) as aside:
+            aside.write_text(json.dumps(about | fields | lists, indent=1, allow_nan=False) + "\n")
+
+    @classmethod
+    def read(cls, path: Path, side: SideFiles) -> "Calibration":
+        """Read the calibration of a model.
+
+        Parameters
+        ----------
+        path
+            The file.
+        side
+            The model's types and hierarchy.
+
+        Raises
+        ------
+        CheckpointError
+            If it cannot be read, is damaged, or is of other types or another hierarchy.
+        """
+        remedy = "make it anew: python evaluate.py --calibrate_on val --checkpoint CKPT"
+        try:
+            found = cls._of(json.loads(path.read_text()))
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read ({error.strerror}); {remedy}") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {error}); {remedy}") from error
+        if found.types != _types_of(side) or len(found.curves) != depths(side.reachability).max() + 1:
+            raise CheckpointError(f"{path} is of other cell types, or another hierarchy, than the model; {remedy}")
+        return found
+
+    @classmethod
+    def _of(cls, fields: Mapping[str, Any]) -> "Calibration":
+        if fields["format_version"] != _FORMAT_VERSION:
+            raise ValueError(f"format version {fields['format_version']}, not {_FORMAT_VERSION}")
+        if fields["unit"] not in ("donor", "study"):
+            raise ValueError(f"unit {fields['unit']!r}")
+        errors = np.array(fields["max_errors"], np.float64)
+        confidences = np.array([math.inf if each is None else each for each in fields["confidences"]], np.float64)
+        curves = np.array(fields["curves"], np.float64)
+        if errors.ndim != 1 or not len(errors) or errors.shape != confidences.shape or (np.diff(errors) <= 0).any():
+            raise ValueError("max_errors and confidences do not fit together")
+        if not (confidences > 0).all() or curves.ndim != 2 or curves.shape[1] != 2 or not np.isfinite(curves).all():
+            raise ValueError("its numbers are out of range")
+        plain = {name: fields[name] for name in ("title", "n_cells", "unit", "n_units", "types")}
+        return cls(**plain, studies=tuple(fields["studies"]), max_errors=errors, confidences=confidences, curves=curves)
+
+
+def calibration_path(checkpoint: Path) -> Path:
+    """Return where the calibration of a checkpoint lies: in its folder; beside a file, such as a published one.
+
+    Examples
+    --------
+    >>> calibration_path(Path("no/such/model.ckpt")).as_posix()
+    'no/such/model.calibration.json'
+    """
+    if checkpoint.is_dir():
+        return checkpoint / CALIBRATION_FILE
+    return checkpoint.with_name(f"{checkpoint.stem}.{CALIBRATION_FILE}")
+
+
+def calibration_of(model: Predictor | Ensemble) -> Calibration:
+    """Return the calibration of a model; where it has none, make and keep that of its validation split.
+
+    That of several models together is made each time, for it is none of theirs.
+
+    Raises
+    ------
+    CheckpointError
+        If it is damaged or of other types, or there is none and the store that the model was trained on is not here.
+    StoreError
+        If that store cannot be read.
+
+    Examples
+    --------
+    >>> calibration_of(load_model("tb_logs/linear/default/version_0")).about  # doctest: +SKIP
+    'calibrated on 50,000 cells of 96 donors, val split of store'
+    """
+    members = model.predictors if isinstance(model, Ensemble) else [model]
+    first, path = members[0], calibration_path(members[0].path) if len(members) == 1 else None
+    if path and path.exists():
+        return Calibration.read(path, first.side)
+    missing = f"{first.path if path else model.title} has no {CALIBRATION_FILE}"
+    store_path = Path(first.card.data_path)
+    if not store_path.is_dir():
+        elsewhere = ", or make one where the store is: python evaluate.py --calibrate_on val --checkpoint CKPT"
+        raise CheckpointError(
+            f"{missing}, and the store {store_path} is not here to make one; give --confidence 0.9"
+            f"{elsewhere if path else ''}"
+        )
+    store = open_store(store_path)
+    first.check_store(store.side)
+    print(f"{missing}: one is made now, of the validation split", file=sys.stderr)
+    calibration = calibrate(StoreCells(store.split("val")), model, "donor")
+    if path:
+        keep(calibration, path)
+    return calibration
+
+
+def keep(calibration: Calibration, path: Path) -> None:
+    """Write a calibration and say so on stderr; where it cannot be written, say that.
+
+    Examples
+    --------
+    >>> keep(calibration, calibration_path(predictor.path))  # doctest: +SKIP
+    """
+    try:
+        calibration.write(path)
+        print(f"{path}: {calibration.about}", file=sys.stderr)
+    except OSError as error:
+        print(f"{path} cannot be written ({error.strerror}): {calibration.about}, not kept", file=sys.stderr)
+
+
+def calibrate(cells: Cells, classifier: Classifier, unit: Unit, batch_size: int = 2048) -> Calibration:
+    """Learn confidence and its promises from labelled cells.
+
+    Parameters
+    ----------
+    cells
+        Cells that the model was not trained on. Of more than 50,000 some blocks are read, spread evenly over all.
+    classifier
+        The model.
+    unit
+        Whose cells resemble each other: "donor", or, of studies that the model does not know, "study".
+    batch_size
+        Cells computed at a time.
+
+    Raises
+    ------
+    CheckpointError
+        If model and cells have another hierarchy, or its probabilities are not numbers.
+    StoreError, SourceError
+        If cells cannot be read, or there are none.
+
+    Examples
+    --------
+    >>> calibrate(StoreCells(store.split("val")), model, "donor").thresholds_at(0.05)  # doctest: +SKIP
+    array([0.58, 0.61, 0.94])
+    """
+    if not np.array_equal(cells.side.reachability, classifier.side.reachability):
+        raise CheckpointError(
+            f"{classifier.side.path} was trained with another hierarchy than that of the {cells.title}; calibrate it "
+            "on the store that it was trained on"
+        )
+    if not cells.n_cells:
+        raise StoreError(f"{cells.title} holds no cells, so there is nothing to calibrate on; choose other cells")
+    read = _SomeBlocks(cells)
+    observed = _observe(read, classifier, unit, batch_size)
+    curves = np.stack([_curve(observed, depth) for depth in range(observed.mass.shape[1])])
+    return Calibration(
+        title=cells.title if read.n_cells == cells.n_cells else f"of the {cells.n_cells:,} of the {cells.title}",
+        n_cells=read.n_cells,
+        unit=unit,
+        n_units=int(observed.unit.max()) + 1,
+        studies=tuple(cells.lookups["dataset_id"]) if unit == "study" else (),
+        types=_types_of(cells.side),
+        max_errors=np.array(MAX_ERRORS),
+        confidences=_promises(observed, curves),
+        curves=curves,
+    )
+
+
+def candidates(mass: Float[np.ndarray, "n c"], depth: Int[np.ndarray, " c"]) -> Int[np.ndarray, "n d"]:
+    """Return the type of the largest mass at each depth; of equals the lower code; -1 at a depth without types.
+
+    Parameters
+    ----------
+    mass
+        Of the subtree of each type.
+    depth
+        Of each type (:func:`hce_jax.hierarchy.depths`).
+
+    Examples
+    --------
+    >>> candidates(np.array([[1.0, 0.3, 0.7]]), np.array([0, 1, 1])).tolist()
+    [[0, 2]]
+    """
+    found_nd = np.full((len(mass), int(depth.max()) + 1), -1)
+    for each in np.unique(depth):
+        types = np.flatnonzero(depth == each)
+        found_nd[:, each] = types[mass[:, types].argmax(axis=1)]
+    return found_nd
+
+
+def verdicts(
+    labels: Int[np.ndarray, " n"], predictions: Int[np.ndarray, "n d"], reachability: np.ndarray
+) -> Int[np.ndarray, "n d"]:
+    """Say what the label of each cell says of some predictions: untold (0), right (1) or wrong (2).
+
+    Parameters
+    ----------
+    labels
+        Codes.
+    predictions
+        Codes; of -1, no type, nothing is told.
+    reachability
+        R (c, c).
+
+    Examples
+    --------
+    >>> verdicts(np.array([1]), np.array([[0, 1, 2]]), np.array([[1, 1, 1], [0, 1, 0], [0, 0, 1]])).tolist()
+    [[1, 1, 2]]
+    """
+    reach_cc = np.asarray(reachability) > 0  # by label and prediction: the prediction is the label or below it
+    verdict_cc = np.where(reach_cc.T, RIGHT, np.where(reach_cc, UNTOLD, WRONG)).astype(np.int8)
+    return np.where(predictions < 0, np.int8(UNTOLD), verdict_cc[labels[:, None], predictions])
+
+
+def _observe(cells: Cells, classifier: Classifier, unit: Unit, batch_size: int) -> Candidates:
+    reach = cells.side.reachability
+    depth_c, parts = depths(reach), []
+    for block, (probabilities,) in classified(cells, [classifier], batch_size):
+        mass_nc = propagate(shares(probabilities), np.asarray(reach, np.float32))
+        code_nd = candidates(mass_nc, depth_c)
+        mass_nd = np.where(code_nd < 0, np.float32(0), np.take_along_axis(mass_nc, code_nd, axis=1))
+        # Donors of the same name in two studies are one: often they are, and else the promise is only more careful.
+        unit_n = block.column("donor_id" if unit == "donor" else "dataset_id")
+        parts.append(Candidates(mass_nd, verdicts(block.column(LABEL_COLUMN), code_nd, reach), unit_n))
+    mass, verdict, units = map(np.concatenate, zip(*parts, strict=True))
+    return Candidates(mass, verdict, np.unique(units, return_inverse=True)[1])
+
+
+def _curve(observed: Candidates, depth: int) -> Float[np.ndarray, " 2"]:
+    """Fit the curve of a depth; without told cells it gives the mass itself."""
+    told_n = observed.verdict[:, depth] != UNTOLD
+    odds_n = _log_odds(observed.mass[told_n, depth])
+    right_n = (observed.verdict[told_n, depth] == RIGHT).astype(np.float64)
+
+    def loss(curve: np.ndarray) -> tuple[float, np.ndarray]:
+        """Return minus the logarithm of likelihood and prior, and its gradient."""
+        score_n = curve[0] + curve[1] * odds_n
+        over_n, off = expit(score_n) - right_n, curve - (0, 1)
+        value = np.logaddexp(0, score_n).sum() - right_n @ score_n + off @ off / (2 * _PRIOR_SD**2)
+        return value, np.array([over_n.sum(), over_n @ odds_n]) + off / _PRIOR_SD**2
+
+    return minimize(loss, np.array([0.0, 1.0]), jac=True, method="L-BFGS-B", bounds=[(None, None), (0, None)]).x
+
+
+def _promises(observed: Candidates, curves: Float[np.ndarray, "d 2"]) -> Float[np.ndarray, " e"]:
+    """Find for each error that can be promised the lowest confidence that keeps it; infinite where none does."""
+    bound_k = np.array([_bound(observed, _thresholds(curves, confidence)) for confidence in _CONFIDENCES])
+    kept_ek = bound_k <= np.array(MAX_ERRORS)[:, None]
+    return np.where(kept_ek.any(axis=1), _CONFIDENCES[kept_ek.argmax(axis=1)], np.inf)
+
+
+def _bound(observed: Candidates, thresholds: Float[np.ndarray, " d"]) -> float:
+    """Return the upper bound of the error of the told labels that thresholds give."""
+    passes_nd = observed.mass >= thresholds - ROUNDING  # as Decoders compares
+    deepest_n = passes_nd.shape[1] - 1 - passes_nd[:, ::-1].argmax(axis=1)
+    verdict_n = np.where(passes_nd.any(axis=1), observed.verdict[np.arange(len(passes_nd)), deepest_n], UNTOLD)
+    told_u = np.bincount(observed.unit[verdict_n != UNTOLD])
+    wrong_u = np.bincount(observed.unit[verdict_n == WRONG], minlength=len(told_u))
+    n_told, n_units = max(int(told_u.sum()), 1), int(np.count_nonzero(told_u))
+    error = (wrong_u.sum() + 1) / (n_told + 1)
+    freedom = max(n_units - 1, 1)  # one donor says nothing of how donors differ: as two that are alike
+    chance = error * (1 - error) / n_told
+    between = n_units / freedom * ((wrong_u - error * told_u) ** 2).sum() / n_told**2
+    return error + stdtrit(freedom, _LEVEL) * math.sqrt(max(chance, between))
+
+
+def _thresholds(curves: Float[np.ndarray, "d 2"], confidence: float) -> Float[np.ndarray, " d"]:
+    """Return the mass of each depth that has this confidence; infinite where even a mass of 1 has less."""
+    intercept_d, slope_d = curves.T
+    odds_d = (logit(confidence) - intercept_d) / np.where(slope_d > 0, slope_d, np.nan)
+    # A mass of nothing is never enough, whatever rounding it is allowed.
+    mass_d = expit(np.maximum(odds_d, logit(2 * ROUNDING)))
+    return np.where(odds_d <= logit(1 - ROUNDING), mass_d, np.inf)  # a slope of 0: also never
+
+
+def _log_odds(mass: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+    return logit(np.clip(np.asarray(mass, np.float64), ROUNDING, 1 - ROUNDING))
+
+
+def _types_of(side: SideFiles) -> str:
+    """Return a checksum of the labels and their hierarchy."""
+    below = np.packbits(np.asarray(side.reachability) > 0).tobytes()
+    return hashlib.sha256("\n".join(side.labels).encode() + below).hexdigest()
+
+
+class _SomeBlocks(Cells):
+    """Some blocks of cells, spread evenly, of about as many cells as a calibration takes at most."""
+
+    def __init__(self, cells: Cells):
+        n_blocks = len(cells.block_sizes)
+        n_read = max(min(n_blocks, n_blocks * MOST_CELLS // max(cells.n_cells, 1)), 1)
+        self._cells, self._blocks = cells, np.arange(n_read) * n_blocks // n_read
+        self.title, self.side, self.lookups = cells.title, cells.side, cells.lookups
+        self.block_sizes = cells.block_sizes[self._blocks]
+
+    def read_block(self, index: int) -> Block:
+        return self._cells.read_block(int(self._blocks[index]))
