@@ -200,7 +200,8 @@ class Annotator:
         explanation = None
         if self.settings.explain:
             rows = sample_rows(labels.codes)
-            explanation = contrast_table(self.model.predictors[0], cells.read_rows(rows).x, labels.codes[rows])
+            x, codes = cells.read_rows(rows).x, labels.codes[rows]
+            explanation = contrast_table(self.model.predictors[0], x, codes, cl_ids=self.labeller.cl_ids)
         about = self._about(cells, labels)
         uns = about | {"groups": groups, "explanation": explanation}
         output.finish(obs, _storable(uns))
@@ -245,12 +246,16 @@ class Annotator:
         }
 
     def _rule(self) -> dict[str, Any]:
-        """Say when a type is given as a label: the threshold, or the promise and what it comes from."""
+        """Say when a type is given as a label: the confidence that it must have, and the promise that it comes from."""
         calibration = self.labeller.calibration
         if calibration is None:
             return {"confidence": self.settings.confidence}
-        thresholds = [float(each) for each in np.ravel(self.labeller.threshold)]
-        return {"max_error": self.settings.promise, "thresholds": thresholds, "calibration": calibration.about}
+        return {
+            "max_error": self.settings.promise,
+            "confidence": calibration.confidence_at(self.settings.promise),
+            "thresholds": [float(each) for each in np.ravel(self.labeller.threshold)],
+            "calibration": calibration.about,
+        }
 
 
 def annotate(adata: AnnData, checkpoint: str | Path | Sequence[str | Path], **settings: Any) -> AnnData:

@@ -14,6 +14,7 @@ from hce_jax.errors import SourceError
 from hce_jax.evaluation.cells import Cells
 from hce_jax.preprocess.genes import GeneAlignment, check_coverage, match_genes
 from hce_jax.preprocess.scale import Choice, Scale, choose_matrix
+from hce_jax.preprocess.species import recognise_species
 from hce_jax.store import LABEL_COLUMN, Block, SideFiles
 
 #: Column of a block: how many of the model's genes a cell expresses.
@@ -133,11 +134,13 @@ class PreparedCells(Cells):
     @cached_property
     def about(self) -> dict[str, Any]:
         """What was understood of the input, for uns and the report."""
+        species = recognise_species([*self.matrix.var.index])
         return {
             "title": self.title,
             "cells": self.n_cells,
             "matrix": self.matrix.name,
             "scale": self.scale.words,
+            **({} if species is None else {"species": f"{species} ({species.seen})"}),
             "genes_by": self.alignment.by,
             "genes_found": self.alignment.n_found,
             "genes_of_model": self.alignment.n_genes,

@@ -98,16 +98,17 @@ def test_consensus_of_a_cluster_is_what_most_of_its_cells_are():
         "c": [2, 4, 4, 5, 5],  # three of five lymphocytes, not more of any
         "d": [4, 5, -1, -1],  # nothing holds more than half
         "e": [-1],
+        "f": [4, 4, 5, 5],  # half is not more than half
     }
     codes = np.array([code for each in cells.values() for code in each] + [5])
     groups = pd.Series([name for name, each in cells.items() for _ in each] + [None])
     given = labeller(0.5).consensus(codes, groups)
-    assert given["group"].tolist() == [*"abcde"]
-    assert given["cells"].tolist() == [5, 5, 5, 4, 1]
-    assert given["label"].tolist() == ["CD4", "T cell", "lymphocyte", "unassigned", "unassigned"]
-    assert given["label_ontology_term_id"].tolist() == ["CL:2", "CL:1", "CL:0", "unknown", "unknown"]
-    np.testing.assert_allclose(given["agreement"], [0.6, 1, 0.6, 0, 0])
-    np.testing.assert_allclose(given["unassigned"], [0, 0, 0, 0.5, 1])
+    assert given["group"].tolist() == [*"abcdef"]
+    assert given["cells"].tolist() == [5, 5, 5, 4, 1, 4]
+    assert given["label"].tolist() == ["CD4", "T cell", "lymphocyte", *["unassigned"] * 3]
+    assert given["label_ontology_term_id"].tolist() == ["CL:2", "CL:1", "CL:0", *["unknown"] * 3]
+    np.testing.assert_allclose(given["agreement"], [0.6, 1, 0.6, 0, 0, 0])
+    np.testing.assert_allclose(given["unassigned"], [0, 0, 0, 0.5, 1, 0])
 
 
 def test_parts_are_put_together_in_order():
