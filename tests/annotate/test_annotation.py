@@ -21,7 +21,7 @@ from small_model import (
 )  # fmt: skip
 from verbs import in_process
 
-from hce_jax.annotate import Settings, annotate, annotate_file
+from hce_jax.annotate import annotate, annotate_file
 from hce_jax.errors import CheckpointError, ConfigError, SourceError
 
 
@@ -65,6 +65,13 @@ def halved(cells):
     return parts
 
 
+def beside_tpm(cells):
+    """Values that are no multiples in X, and counts in a layer whose name says nothing."""
+    per_length = cells.X.toarray() / np.random.default_rng(2).uniform(0.5, 8, cells.n_vars)
+    tpm = per_length / per_length.sum(axis=1, keepdims=True) * 1e6
+    return AnnData(tpm, cells.obs, cells.var, layers={"umi": cells.X})
+
+
 DISGUISES = {
     "raw": lambda cells: cells,
     "log1p of 10,000": log1p,
@@ -72,6 +79,7 @@ DISGUISES = {
     "log2": lambda cells: log1p(cells, base=2),
     "counts in a layer": in_layer,
     "counts in raw": in_raw,
+    "counts in an odd layer": beside_tpm,
     "dense": lambda cells: AnnData(cells.X.toarray(), cells.obs, cells.var),
     "by gene": lambda cells: AnnData(cells.X.tocsc(), cells.obs, cells.var),
     "genes shuffled": lambda cells: cells[:, np.random.default_rng(1).permutation(cells.n_vars)].copy(),
@@ -109,8 +117,18 @@ def test_the_anndata_is_given_back_with_new_columns_and_its_values_as_they_were(
     assert list(about["types"]) == list(LABELS)
     assert (about["input"]["matrix"], about["input"]["genes_found"], about["max_error"]) == ("X", 40, 0.05)
     assert about["ontology_release"] == "v2026-03-26"
+    assert all(value is not None for value in about.values())  # which not every reader of h5ad knows
     assert "1 cells have no counts" in about["input"]["warnings"][0]
     assert "X_hce" not in given.obsm  # a linear model has none
+
+
+def test_what_was_seen_of_genes_is_written_down(checkpoint):
+    about = annotate(halved(raw_counts()), checkpoint).uns["hce_jax"]["input"]
+    assert "40 genes are the sum of 80 columns" in list(about["notes"])
+    few = raw_counts()[:, [*GENE_IDS[:10]]].copy()
+    about = annotate(few, checkpoint).uns["hce_jax"]["input"]
+    assert "only 10 of the model's 40 genes" in about["warnings"][0]
+    assert about["share_of_counts"] == 1
 
 
 def test_a_view_is_copied(checkpoint):
@@ -164,6 +182,9 @@ def test_a_file_is_copied_with_a_report_and_stays_as_it_was(checkpoint, expected
 
     again = in_process(monkeypatch, capsys, *map(str, arguments))
     assert "annotated.h5ad exists already" in again
+    out.rename(tmp_path / "first.h5ad")
+    again = in_process(monkeypatch, capsys, *map(str, arguments))
+    assert "annotated_report.html exists already" in again
     in_process(monkeypatch, capsys, *map(str, arguments), "--overwrite")
     assert anndata.read_h5ad(out).obs.equals(given.obs)
 
@@ -243,7 +264,8 @@ def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path):
 
 
 def test_batches_do_not_change_what_comes_out(checkpoint, monkeypatch):
-    whole = annotate(raw_counts(), checkpoint).obs
+    whole = annotate(raw_counts(), checkpoint, probabilities=True)
     monkeypatch.setattr("hce_jax.annotate.prepared._BLOCK_SIZE", 16)
-    pd.testing.assert_frame_equal(annotate(raw_counts(), checkpoint, batch_size=7).obs, whole)
-    assert Settings().promise == 0.05
+    parts = annotate(raw_counts(), checkpoint, probabilities=True, batch_size=7)
+    pd.testing.assert_frame_equal(parts.obs, whole.obs)
+    np.testing.assert_allclose(parts.obsm["hce_probabilities"], whole.obsm["hce_probabilities"], atol=1e-6)
