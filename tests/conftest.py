@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ import pytest
 
 # Shapes that broadcast by accident are an error in the tests. JAX reads this when it is first imported.
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
+# Most of the tests' time goes into compiling and little into what was compiled: XLA leaves its optimisations out, here
+# and in the processes that tests start, but for golden tests. JAX_DISABLE_MOST_OPTIMIZATIONS=0 gives them to all tests.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 DEFAULT_GOLDEN_DIR = Path(__file__).parent / "golden"
 
@@ -103,6 +107,20 @@ def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> None:
 
     jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+@pytest.fixture(autouse=True)
+def compiled_as_for_users(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Have golden tests compiled with all optimisations: their tolerances were measured so."""
+    import jax
+
+    if "golden" not in request.fixturenames:
+        yield
+        return
+    quick = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", quick)
 
 
 @pytest.fixture(scope="session")

@@ -69,7 +69,6 @@ def test_convert_reports_what_it_did_and_what_comes_next(folder):
     ("arguments", "says"),
     [
         ((), "a verb is needed; there is annotate, build-store, convert, new-studies, ontology, find-lr, import-torch"),
-        (("conver",), "no verb 'conver'; there is convert (see"),
         (("convert",), "required: SOURCE, DESTINATION; see python -m hce_jax convert --help"),
         (("convert", "merlin", "new", "--verifi"), "unrecognized arguments: --verifi; see python -m hce_jax convert"),
         (("convert", "merlin", "new", "--workers=some"), "--workers: invalid int value: 'some'; see"),
@@ -78,9 +77,14 @@ def test_convert_reports_what_it_did_and_what_comes_next(folder):
         (("convert", "merlin", "merlin/new"), "merlin and merlin/new lie in one another"),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_2(folder, arguments, says):
-    assert says in one_line_error(run(folder, *arguments))
+def test_a_mistake_is_one_line_and_exit_2(folder, arguments, says, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    assert says in in_process(monkeypatch, capsys, *arguments)
     assert not (folder / "new").exists()
+
+
+def test_a_mistake_is_one_line_and_exit_2_of_a_process(folder):
+    assert "no verb 'conver'; there is convert (see" in one_line_error(run(folder, "conver"))
 
 
 def test_help_of_both_levels_has_exit_0(folder):

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import jax
 import numpy as np
@@ -15,11 +16,11 @@ from anndata import AnnData
 
 from hce_jax.annotate.contrast import contrast_table, sample_rows, sentences
 from hce_jax.annotate.labels import Labeller, Labels
-from hce_jax.annotate.output import Output, open_output
+from hce_jax.annotate.output import Output, check_suffix, check_target, open_output
 from hce_jax.annotate.prepared import EXPRESSED, PreparedCells
 from hce_jax.annotate.query import Query, open_query
 from hce_jax.annotate.report import ReportInput, write_report
-from hce_jax.errors import CheckpointError, ConfigError
+from hce_jax.errors import CheckpointError, ConfigError, SourceError
 from hce_jax.evaluation.calibration import calibration_of
 from hce_jax.evaluation.decoders import UNASSIGNED
 from hce_jax.evaluation.predict import computed
@@ -180,7 +181,7 @@ class Annotator:
     def prepare(self, query: Query) -> PreparedCells:
         """Look at the cells, before anything is computed; errors as of :meth:`PreparedCells.of`."""
         if self.settings.group_by is not None:
-            query.obs_column(self.settings.group_by)  # it must be there
+            _clusters(query, self.settings.group_by)  # they must be there
         return PreparedCells.of(query, self.side, self.settings.counts, self.settings.gene_column)
 
     def annotate(self, query: Query, cells: PreparedCells, output: Output) -> Annotation:
@@ -194,9 +195,9 @@ class Annotator:
         labels = self._label(cells, output)
         obs, groups = self.labeller.table(labels, query.barcodes), None
         if self.settings.group_by is not None:
-            column = query.obs_column(self.settings.group_by)
-            groups = self.labeller.consensus(labels.codes, column)
-            obs = pd.concat([obs, _of_groups(groups, column, obs.index)], axis=1)
+            clusters = _clusters(query, self.settings.group_by)
+            groups = self.labeller.consensus(labels.codes, clusters)
+            obs = pd.concat([obs, _of_groups(groups, clusters, obs.index)], axis=1)
         explanation = None
         if self.settings.explain:
             rows = sample_rows(labels.codes)
@@ -332,10 +333,12 @@ def annotate_file(
     >>> annotate_file("cells.h5ad", "annotated.h5ad", run, Settings(max_error=0.02)).obs  # doctest: +SKIP
     """
     destination = Path(destination)
+    check_suffix(destination)
     files = files_of(destination, settings)
     if not overwrite and (there := next((path for path in files.values() if path.exists()), None)):
         raise ConfigError(f"{there} exists already; name another file (-o), or pass --overwrite")
     with open_query(source) as query:
+        check_target(query, destination, overwrite)
         annotator = Annotator.open(checkpoint, settings)
         cells = annotator.prepare(query)
         say(f"model       {annotator.model.title}, {annotator.side.n_types} types\n{cells.report()}")
@@ -382,11 +385,16 @@ def _report(annotator: Annotator, query: Query, annotation: Annotation) -> Repor
 
 
 def _several(checkpoint: str | Path | Sequence[str | Path]) -> Sequence[str | Path]:
-    return [checkpoint] if isinstance(checkpoint, str | Path) else checkpoint
+    named = [checkpoint] if isinstance(checkpoint, str | Path) else checkpoint
+    if not named:
+        raise CheckpointError("no checkpoint is named; name a run folder (version_N) or a checkpoint (*.ckpt)")
+    return named
 
 
 def _open(path: Path) -> Any:
     if (published := published_checkpoint(path)) is not None:
+        if not is_zipfile(published):
+            raise CheckpointError(f"{path} is no checkpoint; name a run folder (version_N) or a checkpoint (*.ckpt)")
         raise CheckpointError(
             f"{published} is of the published PyTorch code and names neither its genes nor its cell types; make a "
             "checkpoint of ours of it first: python -m hce_jax import-torch"
@@ -394,9 +402,17 @@ def _open(path: Path) -> Any:
     return open_model(path)
 
 
-def _of_groups(groups: pd.DataFrame, column: pd.Series, barcodes: pd.Index) -> pd.DataFrame:
+def _clusters(query: Query, name: str) -> pd.Categorical:
+    """Return the cluster of each cell; those without cells are none."""
+    column = query.obs_column(name)
+    if column.dtype.kind == "f" and (column.dropna() % 1 != 0).any():
+        raise SourceError(f"{query.title}: the column {name!r} of obs holds measurements, not clusters (--group-by)")
+    return pd.Categorical(column).remove_unused_categories()
+
+
+def _of_groups(groups: pd.DataFrame, clusters: pd.Categorical, barcodes: pd.Index) -> pd.DataFrame:
     """Say of each cell what is said of its group; nothing of cells of none."""
-    place_n = pd.Categorical(column).codes
+    place_n = clusters.codes
     columns = {f"hce_group_{name}": groups[name] for name in ("label", "label_ontology_term_id", "agreement")}
     frame = pd.DataFrame({name: values.reindex(place_n).to_numpy() for name, values in columns.items()}, index=barcodes)
     return frame.astype(dict.fromkeys([*columns][:2], "category"))

@@ -136,7 +136,7 @@ class Labeller:
             index=barcodes,
         )
 
-    def consensus(self, codes: Int[np.ndarray, " n"], groups: pd.Series) -> pd.DataFrame:
+    def consensus(self, codes: Int[np.ndarray, " n"], groups: pd.Categorical) -> pd.DataFrame:
         """Give one label to each group of cells, a cluster: the deepest type that holds more than half of its cells.
 
         A type holds the cells whose own label is that type or below it. Where no type holds so many, the group has no
@@ -154,10 +154,9 @@ class Labeller:
         One row per group, in their order: ``group``, ``cells``, ``label``, ``label_ontology_term_id``, ``agreement``
         (the share of its cells that the label holds) and ``unassigned`` (the share of those without a label).
         """
-        group_n = pd.Categorical(groups)
-        n_groups, n_types = len(group_n.categories), len(self.labels)
-        place_n = np.where(codes == UNASSIGNED, n_types, codes)[group_n.codes >= 0]
-        group_of_n = group_n.codes[group_n.codes >= 0].astype(np.int64)
+        n_groups, n_types = len(groups.categories), len(self.labels)
+        place_n = np.where(codes == UNASSIGNED, n_types, codes)[groups.codes >= 0]
+        group_of_n = groups.codes[groups.codes >= 0].astype(np.int64)
         counts = np.bincount(group_of_n * (n_types + 1) + place_n, minlength=n_groups * (n_types + 1))
         counts_gc = counts.reshape(n_groups, n_types + 1)
         cells_g = counts_gc.sum(axis=1)
@@ -168,7 +167,7 @@ class Labeller:
         codes_g = np.where(depth_gc.max(axis=1) < 0, UNASSIGNED, deepest_gc.argmax(axis=1))
         return pd.DataFrame(
             {
-                "group": group_n.categories.astype(str),
+                "group": groups.categories.astype(str),
                 "cells": cells_g,
                 "label": self._texts(codes_g, self.labels, NO_LABEL).astype(str),
                 "label_ontology_term_id": self._texts(codes_g, self.cl_ids, NO_TERM).astype(str),

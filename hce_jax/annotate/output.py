@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
@@ -28,8 +28,8 @@ from hce_jax.store.matrices import kind_of
 
 #: Our entry in uns.
 UNS_KEY = "hce_jax"
-#: What the names of our columns of obs and our arrays in obsm begin with.
-_OURS = ("hce_", "X_hce")
+#: Where that says which columns of obs and arrays in obsm came with it.
+_WRITTEN = "written"
 #: Values copied at a time, and values in a chunk of a zarr array: 16 MB.
 _VALUES_AT_A_TIME = 1 << 22
 #: Bytes to be left on the disk, for what HDF5 keeps of its own.
@@ -115,7 +115,7 @@ def open_output(query: Query, path: Path | None = None, *, overwrite: bool = Fal
             raise ValueError(f"{query.title} is no AnnData: name the file that the annotation goes to")
         yield _MemoryOutput(query)
         return
-    _check_target(query, path, overwrite)
+    check_target(query, path, overwrite)
     with _replaced(path) as aside, _copied(query, path, aside) as file:
         with _writing(path):
             output = _FileOutput(path, file, query)
@@ -137,14 +137,14 @@ class _MemoryOutput(Output):
         """Set everything; see :meth:`Output.finish`."""
         columns = _columns(obs, self._barcodes)
         adata = self._adata
-        if UNS_KEY in adata.uns:
-            for table in (adata.obs, adata.obsm):
-                for name in [name for name in table if name.startswith(_OURS)]:
-                    del table[name]
+        earlier = _written(adata.uns.get(UNS_KEY))
+        for table, names in ((adata.obs, earlier["obs"]), (adata.obsm, earlier["obsm"])):
+            for name in names & {*table}:
+                del table[name]
         for name, values in columns.items():
             adata.obs[name] = values.values
         adata.obsm.update(self._arrays)
-        adata.uns[UNS_KEY] = dict(uns)
+        adata.uns[UNS_KEY] = _entry(uns, columns, self._arrays)
 
 
 class _FileOutput(Output):
@@ -158,17 +158,16 @@ class _FileOutput(Output):
         obs = file["obs"]
         if is_of_anndata_07(obs):
             _put(file, "obs", read_element(obs))
+        self._arrays: list[str] = []
         if UNS_KEY in file["uns"]:
-            self._remove_earlier()
+            self._remove(_written(read_element(file["uns"][UNS_KEY])))
 
-    def _remove_earlier(self) -> None:
-        obs, obsm = self._file["obs"], self._file["obsm"]
-        order = list(obs.attrs["column-order"])
-        earlier = [name for name in order if name.startswith(_OURS)]
-        for table, names in ((obs, earlier), (obsm, [name for name in obsm if name.startswith(_OURS)])):
-            for name in names:
-                del table[name]
-        obs.attrs["column-order"] = [name for name in order if name not in earlier]
+    def _remove(self, earlier: Mapping[str, set[str]]) -> None:
+        for key, names in earlier.items():
+            for name in names & {*self._file[key]}:
+                del self._file[key][name]
+        attributes = self._file["obs"].attrs
+        attributes["column-order"] = [name for name in attributes["column-order"] if name not in earlier["obs"]]
 
     def array(self, name: str, shape: tuple[int, ...]) -> Rows:
         """Make an array; see :meth:`Output.array`."""
@@ -179,18 +178,20 @@ class _FileOutput(Output):
             if name in obsm:
                 del obsm[name]
             array = _new_array(obsm, name, shape, dtype)
+        self._arrays.append(name)
         return _FileRows(array, self._path)
 
     def finish(self, obs: pd.DataFrame, uns: Mapping[str, Any]) -> None:
         """Write the columns and uns; see :meth:`Output.finish`."""
         columns = _columns(obs, self._barcodes)
+        entry = _entry(uns, columns, self._arrays)
         with _writing(self._path):
             trial = io.BytesIO()
             with h5py.File(trial, "w") as file:
-                _write_new(file.create_group("obs"), file.create_group("uns"), columns, uns)
+                _write_new(file.create_group("obs"), file.create_group("uns"), columns, entry)
             _check_room(self._path, trial.getbuffer().nbytes)
             table = self._file["obs"]
-            _write_new(table, self._file["uns"], columns, uns)
+            _write_new(table, self._file["uns"], columns, entry)
             table.attrs["column-order"] = [*dict.fromkeys([*table.attrs["column-order"], *columns])]
 
 
@@ -214,6 +215,17 @@ def _write_new(obs: Group, uns: Group, columns: Mapping[str, pd.Series], entry: 
     for name, values in columns.items():
         _put(obs, name, values.values)
     _put(uns, UNS_KEY, dict(entry))
+
+
+def _entry(uns: Mapping[str, Any], columns: Iterable[str], arrays: Iterable[str]) -> dict[str, Any]:
+    """Return our entry of uns: what is given, and what was written, so that a later annotation can take it away."""
+    return {**uns, _WRITTEN: {"obs": np.array([*columns], object), "obsm": np.array([*arrays], object)}}
+
+
+def _written(earlier: Any) -> dict[str, set[str]]:
+    """Return what an earlier annotation says that it has written."""
+    written = earlier.get(_WRITTEN, {}) if isinstance(earlier, Mapping) else {}
+    return {key: {*map(str, written.get(key, ()))} for key in ("obs", "obsm")}
 
 
 @contextmanager
@@ -246,9 +258,15 @@ def _replaced(path: Path) -> Iterator[Path]:
             raise
 
 
-def _check_target(query: Query, path: Path, overwrite: bool) -> None:
+def check_suffix(path: Path) -> None:
+    """Raise a SourceError if a file of that name cannot be an annotated copy."""
     if path.suffix not in (".h5ad", ".zarr"):
-        raise SourceError(f"{path}: an annotated copy is written as .h5ad or .zarr; name it so (-o)")
+        raise SourceError(f"'{path}': an annotated copy is written as .h5ad or .zarr; name it so (-o)")
+
+
+def check_target(query: Query, path: Path, overwrite: bool) -> None:
+    """Raise a SourceError if the annotated copy cannot be written there; arguments as of :func:`open_output`."""
+    check_suffix(path)
     source = query.path
     if source is not None:
         place = source.resolve()
@@ -258,6 +276,8 @@ def _check_target(query: Query, path: Path, overwrite: bool) -> None:
             raise SourceError(f"{path} lies within the input {source}, which stays as it is; name another place (-o)")
     if not path.parent.is_dir():
         raise SourceError(f"the folder of {path} does not exist; make it, or name another place (-o)")
+    if not os.access(path.parent, os.W_OK):
+        raise SourceError(f"the folder of {path} cannot be written to; name another place (-o)")
     if os.path.lexists(path) and not overwrite:
         raise SourceError(f"{path} exists already; name another file (-o), or remove it")
     if path.is_dir() and not (path.suffix == ".zarr" and any((path / mark).exists() for mark in ZARR_MARKS)):

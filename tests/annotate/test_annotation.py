@@ -154,6 +154,16 @@ def test_clusters_get_a_label_beside_their_cells(checkpoint):
     assert (given.obs["hce_group_label"].astype(str) == groups["label"].loc[given.obs["leiden"]].to_numpy()).all()
 
 
+def test_clusters_without_cells_are_none_and_measurements_are_no_clusters(checkpoint):
+    cells = raw_counts()
+    cells.obs["leiden"] = pd.Categorical(cells.obs["leiden"], ["z", "b", "a"])
+    cells.obs["depth"] = np.linspace(0, 1, 60)
+    given = annotate(cells, checkpoint, group_by="leiden")
+    assert given.uns["hce_jax"]["groups"]["group"].tolist() == ["b", "a"]
+    with pytest.raises(SourceError, match="measurements"):
+        annotate(cells, checkpoint, group_by="depth")
+
+
 def checksum(path):
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
@@ -258,9 +268,19 @@ def test_settings_that_make_no_sense_are_refused(settings, problem, checkpoint):
         annotate(raw_counts(3), checkpoint, **settings)
 
 
-def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match="not a"):
-        annotate(raw_counts(3), tmp_path)
+def test_what_is_no_checkpoint_is_refused(tmp_path):
+    (tmp_path / "text.ckpt").write_text("text")
+    for named, problem in ((tmp_path, "not a"), (tmp_path / "text.ckpt", "is no checkpoint"), ([], "no checkpoint is")):
+        with pytest.raises(CheckpointError, match=problem):
+            annotate(raw_counts(3), named)
+
+
+@pytest.mark.parametrize("name", ["", "/", "annotated.csv", "none/annotated.h5ad"])
+def test_a_place_that_cannot_be_is_refused_before_the_model_is_read(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    raw_counts(3).write_h5ad("cells.h5ad")
+    said = in_process(monkeypatch, capsys, "annotate", "cells.h5ad", "--checkpoint", "none", "-o", name)
+    assert "(-o)" in said
 
 
 def test_batches_do_not_change_what_comes_out(checkpoint, monkeypatch):

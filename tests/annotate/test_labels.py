@@ -101,7 +101,7 @@ def test_consensus_of_a_cluster_is_what_most_of_its_cells_are():
         "f": [4, 4, 5, 5],  # half is not more than half
     }
     codes = np.array([code for each in cells.values() for code in each] + [5])
-    groups = pd.Series([name for name, each in cells.items() for _ in each] + [None])
+    groups = pd.Categorical([name for name, each in cells.items() for _ in each] + [None])
     given = labeller(0.5).consensus(codes, groups)
     assert given["group"].tolist() == [*"abcdef"]
     assert given["cells"].tolist() == [5, 5, 5, 4, 1, 4]

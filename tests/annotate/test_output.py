@@ -150,14 +150,16 @@ def test_what_an_earlier_annotation_left_is_replaced(tmp_path, suffix):
     adata.obsm["X_hce"] = np.ones((N_CELLS, 99))
     adata.obsm["hce_probabilities"] = np.ones((N_CELLS, 9))
     adata.obsm["X_pca"] = np.ones((N_CELLS, 3))
-    adata.uns["hce_jax"] = {"earlier": 1}
+    adata.obs["hce_mine"], adata.obsm["X_hce_umap"] = 3, np.ones((N_CELLS, 2))  # another's, whatever its name
+    written = {"obs": np.array(["hce_label", "hce_group_label"]), "obsm": np.array(["X_hce", "hce_probabilities"])}
+    adata.uns["hce_jax"] = {"earlier": 1, "written": written}
     for source in (write(adata, tmp_path / f"cells{suffix}"), adata):
         path = None if source is adata else tmp_path / f"copy{suffix}"
         annotate(source, path)
         found = adata if path is None else read(path)
         check_annotation(found)
-        assert [*found.obs] == ["n", "hce_label", "hce_confidence"]
-        assert set(found.obsm) == {"X_hce", "X_pca"}
+        assert [*found.obs] == ["n", "hce_mine", "hce_label", "hce_confidence"]
+        assert set(found.obsm) == {"X_hce", "X_pca", "X_hce_umap"}
         assert "earlier" not in found.uns["hce_jax"]
 
 
@@ -243,7 +245,7 @@ def test_names_that_cannot_be_used_are_refused(tmp_path):
     (tmp_path / "there.h5ad").write_text("")
     (tmp_path / "broken.h5ad").symlink_to("nowhere")
     (tmp_path / "folder.zarr").mkdir()
-    refused(source, tmp_path / "copy.csv", "copy.csv: an annotated copy is written as .h5ad or .zarr; name it so")
+    refused(source, tmp_path / "copy.csv", "copy.csv': an annotated copy is written as .h5ad or .zarr; name it so")
     refused(source, tmp_path / "no" / "copy.h5ad", "the folder of .*copy.h5ad does not exist; make it, or name")
     for name in ("there.h5ad", "broken.h5ad", "folder.zarr"):
         refused(source, tmp_path / name, rf"{name} exists already; name another file \(-o\), or remove it")

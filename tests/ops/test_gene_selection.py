@@ -102,20 +102,18 @@ def test_members_and_ghost_batches_are_mapped_over():
         found = jax.vmap(parts)(*arrays)
         return (found.selected**2).sum(), found
 
+    alone = jax.jit(jax.value_and_grad(lambda *arrays: (select(*arrays).selected ** 2).sum(), argnums=(1, 4)))
     gradients, found = jax.grad(loss, argnums=(1, 4), has_aux=True)(*by_part, *by_member)
     assert [each.shape for each in gradients] == [(2, 3, 20), (2, 20)]
     for member in range(n_members):
-        alone = [
-            jax.value_and_grad(lambda scale, shift, part=part, member=member: (
-                select(by_part[0][member, part], shift, by_part[2][member, part], by_part[3][member, part], scale,
-                       by_member[1][member]).selected ** 2).sum(), argnums=(0, 1)
-            )(by_member[0][member], by_part[1][member, part])
+        parts = [
+            alone(*(each[member, part] for each in by_part), *(each[member] for each in by_member))
             for part in range(n_parts)
-        ]  # fmt: skip
-        np.testing.assert_allclose(sum(each[1][0] for each in alone), gradients[1][member], rtol=1e-4, atol=1e-4)
-        for part in range(n_parts):
-            np.testing.assert_allclose(alone[part][1][1], gradients[0][member, part], rtol=1e-4, atol=1e-4)
-            np.testing.assert_allclose(alone[part][0], (found.selected[member, part] ** 2).sum(), rtol=1e-5)
+        ]
+        np.testing.assert_allclose(sum(each[1][1] for each in parts), gradients[1][member], rtol=1e-4, atol=1e-4)
+        for part, (loss_alone, by_argument) in enumerate(parts):
+            np.testing.assert_allclose(by_argument[0], gradients[0][member, part], rtol=1e-4, atol=1e-4)
+            np.testing.assert_allclose(loss_alone, (found.selected[member, part] ** 2).sum(), rtol=1e-5)
 
 
 def test_in_bfloat16_input_and_result_are_rounded_and_nothing_else():

@@ -30,8 +30,6 @@ from hce_jax.training.steps import state_arrays
 ROOT = Path(__file__).parents[2]
 #: With jax 0.10 four fake devices on two cores can hang in an all-reduce; two never did, nor more with jax 0.12.
 COUNTS = (2, 8) if jax.__version_info__ >= (0, 12) else (2,)
-#: Compiling takes most of the time of these tests.
-QUICK_COMPILATION = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 MLP = {"hidden_size": 16, "n_hidden": 1, "dropout": 0.3}
 TABNET = {"n_d": 8, "n_a": 4, "n_steps": 1, "n_independent": 0, "n_shared": 2, "virtual_batch_size": 8, "momentum": 0.3}
 #: Several times float32's rounding (6e-8), for sums over 64 cells and variances up to 20 that four steps go through;
@@ -162,7 +160,7 @@ def results(store_path, tmp_path_factory):
     command = "import sys, test_devices; test_devices.save_all(*sys.argv[1:])"
     for count in (1, *COUNTS):
         (parent / str(count)).mkdir()
-        flags = f"--xla_force_host_platform_device_count={count} {QUICK_COMPILATION}"
+        flags = f"--xla_force_host_platform_device_count={count}"
         environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join(map(str, paths))}
         arguments = [sys.executable, "-c", command, str(store_path), str(parent / str(count)), str(count)]
         running.append(subprocess.Popen(arguments, env={**os.environ, **environment}))

@@ -23,8 +23,6 @@ from hce_jax.training import hosts
 ROOT = Path(__file__).parents[2]
 #: Seconds after which a process that hangs is killed.
 LIMIT = 120
-#: Compiling takes much of the time of these tests.
-QUICK_COMPILATION = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 #: Cross entropy, since HCE's gradient for a cell labelled with the root is rounding noise, which Adam scales up.
 RECIPE = {"batch_size": 30, "max_epochs": 20, "early_stopping_patience": 20, "learning_rate": 0.005}
 
@@ -41,7 +39,7 @@ def start():
     running = []
 
     def start_one(*arguments):
-        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": QUICK_COMPILATION}
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
         running.append(subprocess.Popen([sys.executable, *map(str, arguments)], env=environment, text=True,
                                         stdout=subprocess.PIPE, stderr=subprocess.PIPE))  # fmt: skip
         return running[-1]

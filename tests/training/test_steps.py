@@ -31,7 +31,8 @@ def mlp_training(seed=0, augmentations=None):
 
 
 def mlp_batch():
-    return DenseBatch(np.ones((4, 5), np.float32), np.array([0, 1, 2, 0], np.int32), np.ones(4, bool))
+    x = np.random.default_rng(0).random((4, 5), np.float32)
+    return DenseBatch(x, np.array([0, 1, 2, 0], np.int32), np.ones(4, bool))
 
 
 def test_results_come_one_step_late_and_none_is_lost():
