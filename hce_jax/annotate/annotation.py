@@ -21,7 +21,7 @@ from hce_jax.annotate.prepared import EXPRESSED, PreparedCells
 from hce_jax.annotate.query import Query, open_query
 from hce_jax.annotate.report import ReportInput, write_report
 from hce_jax.errors import CheckpointError, ConfigError, SourceError
-from hce_jax.evaluation.calibration import calibration_of
+from hce_jax.evaluation.calibration import MOST_HARDLY_JUDGED, calibration_of
 from hce_jax.evaluation.decoders import UNASSIGNED
 from hce_jax.evaluation.predict import computed
 from hce_jax.files import written_aside
@@ -30,11 +30,14 @@ from hce_jax.open_model import open_model, published_checkpoint
 from hce_jax.predictor import Ensemble
 from hce_jax.store import SideFiles
 from hce_jax.store.type_matching import TypeMatcher
+from hce_jax.typing import Int
 
 #: Keys of obsm: the embedding, and the mass of every type's subtree.
 EMBEDDING, PROBABILITIES = "X_hce", "hce_probabilities"
 #: The promise where nothing else is asked for.
 MAX_ERROR = 0.05
+#: Types that a warning names.
+_MOST_TYPES = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,7 +235,9 @@ class Annotator:
         card = self.model.card
         n_empty = int(np.count_nonzero(labels.leaf_codes == UNASSIGNED))
         empty = [f"{n_empty:,} cells have no counts in the model's genes and get no label"] if n_empty else []
-        seen = cells.about | {"warnings": [*cells.about["warnings"], *empty]}
+        doubtful_c = self._doubtful(labels)
+        hardly_judged = float(doubtful_c.sum() / max(np.count_nonzero(labels.codes != UNASSIGNED), 1))
+        warnings = [*cells.about["warnings"], *empty, *self._warnings(doubtful_c, hardly_judged)]
         return {
             "versions": {name: _version(name) for name in ("hce_jax", "jax", "anndata")},
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -242,11 +247,11 @@ class Annotator:
             "normalisation": card.normalisation,
             "device": jax.default_backend(),
             "types": list(self.side.labels),
-            "input": seen,
-            **self._rule(),
+            "input": cells.about | {"warnings": warnings},
+            **self._rule(hardly_judged),
         }
 
-    def _rule(self) -> dict[str, Any]:
+    def _rule(self, hardly_judged: float) -> dict[str, Any]:
         """Say when a type is given as a label: the confidence that it must have, and the promise that it comes from."""
         calibration = self.labeller.calibration
         if calibration is None:
@@ -256,7 +261,31 @@ class Annotator:
             "confidence": calibration.confidence_at(self.settings.promise),
             "thresholds": [float(each) for each in np.ravel(self.labeller.threshold)],
             "calibration": calibration.about,
+            "hardly_judged": hardly_judged,
         }
+
+    def _doubtful(self, labels: Labels) -> Int[np.ndarray, " c"]:
+        """Count the labels of each type of which the calibration says little; of the other types none."""
+        cells_c = np.bincount(labels.codes[labels.codes != UNASSIGNED], minlength=self.side.n_types)
+        calibration = self.labeller.calibration
+        return np.zeros_like(cells_c) if calibration is None else np.where(calibration.hardly_judged, cells_c, 0)
+
+    def _warnings(self, doubtful_c: Int[np.ndarray, " c"], hardly_judged: float) -> list[str]:
+        """Warn of labels of which the calibration says little, if they are a notable share."""
+        calibration = self.labeller.calibration
+        if calibration is None or hardly_judged <= MOST_HARDLY_JUDGED:
+            return []
+        largest = [code for code in np.argsort(-doubtful_c, kind="stable").tolist() if doubtful_c[code]]
+        named = "; ".join(
+            f"{self.side.labels[code]}: {calibration.n_told[code]:,} of {calibration.n_candidates[code]:,}"
+            for code in largest[:_MOST_TYPES]
+        )
+        more = f"; and {len(largest) - _MOST_TYPES} more types" if len(largest) > _MOST_TYPES else ""
+        return [
+            f"{doubtful_c.sum():,} labels ({100 * hardly_judged:.0f} %) are of types of which few cells of the "
+            f"calibration could tell whether they are right ({named}{more}): they may be too fine, or wrong, whatever "
+            "their confidence"
+        ]
 
 
 def annotate(adata: AnnData, checkpoint: str | Path | Sequence[str | Path], **settings: Any) -> AnnData:
@@ -320,7 +349,8 @@ def annotate_file(
     overwrite
         Whether files that are there already are replaced.
     say
-        Is told, in lines for a person, what was understood of the input before the work begins.
+        Is told, in lines for a person, what was understood of the input before the work begins, and warnings that are
+        known only when it is done.
 
     Raises
     ------
@@ -349,6 +379,8 @@ def annotate_file(
             write_report(aside["report"], _report(annotator, query, annotation))
             if annotation.explanation is not None:
                 annotation.explanation.to_csv(aside["explanation"], index=False)
+        for warning in annotation.about["input"]["warnings"][len(cells.warnings) :]:
+            say(f"WARNING     {warning}")
     return annotation
 
 

@@ -40,7 +40,7 @@ class PreparedCells(Cells):
     alignment
         Where its genes lie among the model's.
     share_of_counts
-        Share of the counts that lies in the model's genes, mean over the sample.
+        Share of the genes' counts that lies in the model's genes, mean over the sample.
     notes, warnings
         What was done, and what should be looked at, in sentences.
     """
@@ -90,7 +90,9 @@ class PreparedCells(Cells):
         alignment = match_genes(matrix.var, side.gene_ids, side.gene_names, query.title, gene_column)
         warning = check_coverage(alignment, query.title, "the model's")
         counts_nt = choice.scale.to_counts(sample)
-        total_n, kept_n = (each.sum(axis=1) for each in (counts_nt, alignment.apply(counts_nt)))
+        warnings = [] if warning is None else [warning]
+        if choice.scale.kind == "counts" and counts_nt.data.max(initial=0) <= 1:
+            warnings.append(f"{matrix.name} has {choice.scale.what}: labels are less certain than they look")
         return cls(
             title=query.title,
             side=side,
@@ -99,9 +101,9 @@ class PreparedCells(Cells):
             matrix=matrix,
             scale=choice.scale,
             alignment=alignment,
-            share_of_counts=float((kept_n[total_n > 0] / total_n[total_n > 0]).mean()) if total_n.any() else 0.0,
+            share_of_counts=alignment.share_of_counts(counts_nt),
             notes=(*choice.notes, *alignment.notes),
-            warnings=() if warning is None else (warning,),
+            warnings=tuple(warnings),
         )
 
     def read_block(self, index: int) -> Block:

@@ -11,6 +11,7 @@ from hce_jax.annotate.page import Content, Element, element, html, mark, marked,
 from hce_jax.annotate.report_doubts import look_first
 from hce_jax.annotate.report_input import ReportInput
 from hce_jax.annotate.report_pictures import histogram, pictures
+from hce_jax.evaluation.calibration import MOST_HARDLY_JUDGED
 from hce_jax.files import written_aside
 from hce_jax.hierarchy import direct_edges, tree_order
 from hce_jax.store.work_folder import named_in_errors
@@ -108,12 +109,18 @@ def _promise(report: ReportInput) -> list[Content]:
         mass = f"the type and those below it hold at least {about['confidence']:g} of the probability"
         return [element("strong", "No error is promised."), f" A label is the deepest type for which {mass}."]
     promise = element("strong", f"Of the labels at most {100 * about['max_error']:g} % should be wrong")
-    meaning = "A label is right if it is the cell's type or one above it."
+    meaning = (
+        "A label is right if it is the author's label or one above it; whether a finer one is right the author's label "
+        "does not tell, and it counts as neither right nor wrong."
+    )
     return [promise, f": {about['calibration']}. {meaning} The less your cells are like those, the less this holds."]
 
 
 def _checks(report: ReportInput) -> list[Element]:
-    rows: list[list[Content]] = [[sign, check, found] for sign, check, found in _checked(report)]
+    checked = [*_checked(report)]
+    is_doubtful = any(sign.text == mark("bad").text for sign, _, _ in checked)
+    checked += _expected(report, is_doubtful or report.about.get("hardly_judged", 0) > MOST_HARDLY_JUDGED)
+    rows: list[list[Content]] = [[sign, check, found] for sign, check, found in checked]
     notes = report.about["input"]["notes"]
     return [
         element("h2", "Checks"),
@@ -144,10 +151,20 @@ def _checked(report: ReportInput) -> Iterator[tuple[Element, str, str]]:
     labelled = report.n_labelled / max(report.n_cells, 1)
     words = f"{report.n_labelled:,} of {report.n_cells:,} ({share(report.n_labelled, report.n_cells)})"
     yield marked(labelled, _LABELLED), "cells with a label", words
+
+
+def _expected(report: ReportInput, is_doubtful: bool) -> Iterator[tuple[Element, str, str]]:
+    """Check the promise by the confidence; where there is reason to doubt that, it is never fine."""
     if "max_error" in report.about and report.n_labelled:
         max_error, wrong = report.about["max_error"], 1 - float(report.sure_of.sum()) / report.n_labelled
-        words = f"{share(wrong, 1)}, if the confidence holds for these cells"
-        yield marked(-wrong, (-max_error, -2 * max_error)), "labels expected to be wrong", words
+        words = (
+            f"{share(wrong, 1)} of those that can be judged, if the confidence holds for these cells; errors below a "
+            "coarse label of the calibration are not seen"
+        )
+        if "hardly_judged" in report.about:
+            words += f". Of {share(report.about['hardly_judged'], 1)} of the labels the calibration says little"
+        sign = mark("look") if is_doubtful and wrong <= max_error else marked(-wrong, (-max_error, -2 * max_error))
+        yield sign, "labels expected to be wrong", words
 
 
 def _tree(report: ReportInput) -> list[Element]:
@@ -209,7 +226,7 @@ def _confidence(report: ReportInput) -> list[Element]:
         return []
     about = report.about
     meaning = (
-        "the share of such labels that were right on the cells of the calibration"
+        "the share of such labels that were right on the cells of the calibration, of those that could be judged"
         if "max_error" in about
         else "the probability that the model gives to the label and all types below it"
     )

@@ -115,7 +115,10 @@ def _doubtful_labels(report: ReportInput) -> list[Element]:
         ]
         for code in ranked
     ]
-    words = "Expected to be wrong, if the confidence holds: the cells times what the mean confidence lacks to 1."
+    words = (
+        "Expected to be wrong, if the confidence holds and all of them can be judged: the cells times what the mean "
+        "confidence lacks to 1."
+    )
     return [
         element("h3", "Labels of the lowest confidence"),
         element("p", words, class_="small"),

@@ -25,7 +25,8 @@ class ReportInput:
     about
         What was done, as written to ``uns["hce_jax"]``: ``model``, ``ontology_release`` (or None), ``time`` and
         ``versions``; ``confidence``, which a label needs, or ``max_error`` with ``thresholds`` (by depth; infinite
-        where no label is given) and ``calibration`` (a sentence), where ``confidence`` may stand, too; and ``input``
+        where no label is given), ``calibration`` (a sentence) and ``hardly_judged`` (the share of labels of which the
+        calibration says little), where ``confidence`` may stand, too; and ``input``
         with ``warnings``, ``notes`` and, as far as they are known, ``matrix``, ``scale``, ``species``, ``genes_by``,
         ``genes_found`` with ``genes_of_model``, and ``share_of_counts``. Whatever else it holds is listed.
     labels, cl_ids
@@ -97,7 +98,7 @@ class ReportInput:
 
     @cached_property
     def sure_of(self) -> Float[np.ndarray, " c"]:
-        """Sum of the confidence of the cells with each label: how many of them are expected to be right."""
+        """Sum of the confidence of the cells with each label: how many are expected to be right, if all are judged."""
         return np.bincount(self.codes[self.labelled], self.confidence[self.labelled], len(self.labels))
 
     @cached_property

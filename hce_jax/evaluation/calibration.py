@@ -11,7 +11,9 @@ untold   k is below t: the label is too coarse to say
 wrong    none of these
 =======  ====================================================
 
-Everything here is about the told candidates, those that are right or wrong.
+Confidence and promise are about the told candidates, those that are right or wrong. What they say of a type of which
+few candidates are told is little: how many are is counted for each type, among the candidates with a confidence of one
+half or more, the least that a label can have.
 
 **Confidence** is a curve for each depth d, whose two numbers are fitted to the told candidates of that depth, the most
 probable ones with a Gaussian prior about 0 and 1, where the curve gives m itself (Platt scaling, Platt 1999):
@@ -38,7 +40,7 @@ import hashlib
 import json
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -54,12 +56,14 @@ from hce_jax.files import written_aside
 from hce_jax.hierarchy import depths, propagate
 from hce_jax.predictor import Ensemble, Predictor
 from hce_jax.store import LABEL_COLUMN, Block, SideFiles, open_store
-from hce_jax.typing import Float, Int
+from hce_jax.typing import Bool, Float, Int
 
 #: Name of the file in a checkpoint's folder.
 CALIBRATION_FILE = "calibration.json"
 #: The errors that can be promised: by half a per cent to 5 %, by one to 20 %, by five to 50 %.
 MAX_ERRORS = tuple(n / 1000 for n in (*range(5, 50, 5), *range(50, 200, 10), *range(200, 501, 50)))
+#: Share of labels that are of hardly judged types, above which that is worth a warning.
+MOST_HARDLY_JUDGED = 0.1
 #: Whose cells resemble each other: those of a donor, or, of new studies, those of a study.
 Unit = Literal["donor", "study"]
 #: Cells that are read for a calibration, at most; how sure it is hangs on how many donors there are.
@@ -73,6 +77,10 @@ _CONFIDENCES = expit(np.arange(161) / 20)
 _LEVEL = 0.95
 #: Standard deviation of the prior of a curve's two numbers.
 _PRIOR_SD = 1.0
+#: Numbers of axes of the arrays in a file.
+_AXES = {"max_errors": 1, "confidences": 1, "curves": 2, "n_candidates": 1, "n_told": 1}
+#: Told candidates of a type, as a share and as a number, below which its labels are hardly judged.
+_FEW_TOLD = (0.5, 20)
 #: Verdicts of a label on a type.
 UNTOLD, RIGHT, WRONG = 0, 1, 2
 
@@ -82,14 +90,17 @@ class Candidates(NamedTuple):
 
     Attributes
     ----------
+    code
+        The candidate of each depth (n, d); -1 at a depth without types.
     mass
-        Of the candidate of each depth (n, d) float32; 0 at a depth without types.
+        Of the candidate (n, d) float32; 0 where there is none.
     verdict
         Of the cell's label on the candidate (n, d) int8: untold, right or wrong.
     unit
         Number of the unit of each cell, 0, 1, 2, ... (n,).
     """
 
+    code: Int[np.ndarray, "n d"]
     mass: Float[np.ndarray, "n d"]
     verdict: Int[np.ndarray, "n d"]
     unit: Int[np.ndarray, " n"]
@@ -117,15 +128,21 @@ class Calibration:
         For each of them the confidence that a label must have (e,); infinite where no promise is possible.
     curves
         For each depth a and b of the confidence sigmoid(a + b logit(m)) (d, 2).
+    n_candidates, n_told
+        For each type the cells whose candidate it was with a confidence of one half or more, and how many of these
+        had a label that tells whether it is right (c,).
 
     Examples
     --------
     >>> curves = np.array([[0.0, 1.0], [-2.0, 1.0]])  # labels of depth 1 are less often right than the mass says
-    >>> calibration = Calibration("cells", 5000, "donor", 12, (), "", np.array([0.05]), np.array([0.9]), curves)
+    >>> promise, counts = (np.array([0.05]), np.array([0.9])), (np.array([265, 300]), np.array([65, 290]))
+    >>> calibration = Calibration("cells", 5000, "donor", 12, (), "", *promise, curves, *counts)
     >>> calibration.confidence(np.array([0.9, 0.9]), np.array([0, 1])).round(3)
     array([0.9  , 0.549], dtype=float32)
     >>> calibration.thresholds_at(0.05).round(3).tolist()
     [0.9, 0.985]
+    >>> calibration.hardly_judged.tolist()
+    [True, False]
     """
 
     title: str
@@ -137,6 +154,14 @@ class Calibration:
     max_errors: Float[np.ndarray, " e"]
     confidences: Float[np.ndarray, " e"]
     curves: Float[np.ndarray, "d 2"]
+    n_candidates: Int[np.ndarray, " c"]
+    n_told: Int[np.ndarray, " c"]
+
+    @property
+    def hardly_judged(self) -> Bool[np.ndarray, " c"]:
+        """Types of which few cells could tell whether they are right: fewer than half of theirs, or than 20."""
+        share, number = _FEW_TOLD
+        return (self.n_told < share * self.n_candidates) | (self.n_told < number)
 
     @property
     def about(self) -> str:
@@ -182,7 +207,7 @@ class Calibration:
         return _thresholds(self.curves, self.confidence_at(max_error))
 
     def confidence(self, mass: Float[np.ndarray, " n"], depth: Int[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-        """Return the share of right ones among told types of such a mass and depth.
+        """Return the share of right ones among told types of such a mass and depth; of untold ones it says nothing.
 
         Parameters
         ----------
@@ -230,27 +255,63 @@ class Calibration:
             found = cls._of(json.loads(path.read_text()))
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read ({error.strerror}); {remedy}") from error
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {error}); {remedy}") from error
-        if found.types != _types_of(side) or len(found.curves) != depths(side.reachability).max() + 1:
+        except (ValueError, OverflowError) as error:  # of JSON, ours, or of numbers beyond all bounds
+            raise CheckpointError(f"{path} is damaged ({error}); {remedy}") from error
+        sizes = depths(side.reachability).max() + 1, side.n_types
+        if found.types != _types_of(side) or (len(found.curves), len(found.n_told)) != sizes:
             raise CheckpointError(f"{path} is of other cell types, or another hierarchy, than the model; {remedy}")
         return found
 
     @classmethod
-    def _of(cls, fields: Mapping[str, Any]) -> "Calibration":
-        if fields["format_version"] != _FORMAT_VERSION:
-            raise ValueError(f"format version {fields['format_version']}, not {_FORMAT_VERSION}")
-        if fields["unit"] not in ("donor", "study"):
-            raise ValueError(f"unit {fields['unit']!r}")
-        errors = np.array(fields["max_errors"], np.float64)
-        confidences = np.array([math.inf if each is None else each for each in fields["confidences"]], np.float64)
-        curves = np.array(fields["curves"], np.float64)
-        if errors.ndim != 1 or not len(errors) or errors.shape != confidences.shape or (np.diff(errors) <= 0).any():
-            raise ValueError("max_errors and confidences do not fit together")
-        if not (confidences > 0).all() or curves.ndim != 2 or curves.shape[1] != 2 or not np.isfinite(curves).all():
-            raise ValueError("its numbers are out of range")
-        plain = {name: fields[name] for name in ("title", "n_cells", "unit", "n_units", "types")}
-        return cls(**plain, studies=tuple(fields["studies"]), max_errors=errors, confidences=confidences, curves=curves)
+    def _of(cls, fields: Any) -> "Calibration":
+        """Make it of what stands in a file; a ValueError says what is wrong with that."""
+        if not isinstance(fields, dict):
+            raise ValueError("it holds no fields")
+        names = [field.name for field in dataclasses.fields(cls)]
+        if absent := [name for name in ("format_version", *names) if name not in fields]:
+            raise ValueError(f"it has no {absent[0]}")
+        given = {name: fields[name] for name in names}
+        given["confidences"] = [math.inf if each is None else each for each in _list(given, "confidences")]
+        given |= {name: _numbers(given, name, n_axes) for name, n_axes in _AXES.items()}
+        if unsound := [
+            name for name, is_it in _sound(given | {"format_version": fields["format_version"]}) if not is_it
+        ]:
+            raise ValueError(f"its {unsound[0]} cannot be {json.dumps(fields[unsound[0]]):.60}")
+        return cls(**given | {"studies": tuple(given["studies"])})
+
+
+def _sound(given: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
+    """Say of each field of a file, its numbers already arrays, whether it can be so."""
+    n_cells, n_units = given["n_cells"], given["n_units"]
+    errors, confidences, curves = given["max_errors"], given["confidences"], given["curves"]
+    n_candidates, n_told = given["n_candidates"], given["n_told"]
+    yield "format_version", given["format_version"] == _FORMAT_VERSION
+    yield from ((name, isinstance(given[name], str)) for name in ("title", "types"))
+    yield "unit", given["unit"] in ("donor", "study")
+    yield "n_cells", type(n_cells) is int and n_cells > 0  # truth values are of another type
+    yield "n_units", type(n_cells) is type(n_units) is int and 0 < n_units <= n_cells
+    yield "studies", all(isinstance(each, str) for each in _list(given, "studies"))
+    yield "max_errors", len(errors) > 0 and bool((np.diff([0, *errors, 1]) > 0).all())
+    is_share = (confidences > 0) & ((confidences < 1) | (confidences == math.inf))
+    yield "confidences", confidences.shape == errors.shape and bool(is_share.all())
+    yield "curves", curves.shape[1] == 2 and bool((np.isfinite(curves) & (curves >= (-math.inf, 0))).all())
+    yield "n_candidates", bool((n_candidates >= 0).all())
+    yield "n_told", n_told.shape == n_candidates.shape and bool(((n_told >= 0) & (n_told <= n_candidates)).all())
+
+
+def _list(fields: Mapping[str, Any], name: str) -> list[Any]:
+    if not isinstance(fields[name], list):
+        raise ValueError(f"its {name} are no list")
+    return fields[name]
+
+
+def _numbers(fields: Mapping[str, Any], name: str, n_axes: int) -> np.ndarray:
+    """Return a field as an array of float64, or of int64 where it counts; text and ragged lists are no numbers."""
+    values, is_count = np.array(_list(fields, name), object), name.startswith("n_")
+    types = (int,) if is_count else (int, float)
+    if values.ndim != n_axes or not all(type(each) in types for each in values.flat):
+        raise ValueError(f"its {name} are no {'whole ' if is_count else ''}numbers")
+    return values.astype(np.int64 if is_count else np.float64)
 
 
 def calibration_path(checkpoint: Path) -> Path:
@@ -354,6 +415,7 @@ def calibrate(cells: Cells, classifier: Classifier, unit: Unit, batch_size: int 
     read = _SomeBlocks(cells)
     observed = _observe(read, classifier, unit, batch_size)
     curves = np.stack([_curve(observed, depth) for depth in range(observed.mass.shape[1])])
+    n_candidates, n_told = _told(observed, curves, cells.side.n_types)
     return Calibration(
         title=cells.title if read.n_cells == cells.n_cells else f"of the {cells.n_cells:,} of the {cells.title}",
         n_cells=read.n_cells,
@@ -364,6 +426,8 @@ def calibrate(cells: Cells, classifier: Classifier, unit: Unit, batch_size: int 
         max_errors=np.array(MAX_ERRORS),
         confidences=_promises(observed, curves),
         curves=curves,
+        n_candidates=n_candidates,
+        n_told=n_told,
     )
 
 
@@ -422,9 +486,9 @@ def _observe(cells: Cells, classifier: Classifier, unit: Unit, batch_size: int) 
         mass_nd = np.where(code_nd < 0, np.float32(0), np.take_along_axis(mass_nc, code_nd, axis=1))
         # Donors of the same name in two studies are one: often they are, and else the promise is only more careful.
         unit_n = block.column("donor_id" if unit == "donor" else "dataset_id")
-        parts.append(Candidates(mass_nd, verdicts(block.column(LABEL_COLUMN), code_nd, reach), unit_n))
-    mass, verdict, units = map(np.concatenate, zip(*parts, strict=True))
-    return Candidates(mass, verdict, np.unique(units, return_inverse=True)[1])
+        parts.append(Candidates(code_nd, mass_nd, verdicts(block.column(LABEL_COLUMN), code_nd, reach), unit_n))
+    code, mass, verdict, units = map(np.concatenate, zip(*parts, strict=True))
+    return Candidates(code, mass, verdict, np.unique(units, return_inverse=True)[1])
 
 
 def _curve(observed: Candidates, depth: int) -> Float[np.ndarray, " 2"]:
@@ -441,6 +505,16 @@ def _curve(observed: Candidates, depth: int) -> Float[np.ndarray, " 2"]:
         return value, np.array([over_n.sum(), over_n @ odds_n]) + off / _PRIOR_SD**2
 
     return minimize(loss, np.array([0.0, 1.0]), jac=True, method="L-BFGS-B", bounds=[(None, None), (0, None)]).x
+
+
+def _told(
+    observed: Candidates, curves: Float[np.ndarray, "d 2"], n_types: int
+) -> tuple[Int[np.ndarray, " c"], Int[np.ndarray, " c"]]:
+    """Count for each type the cells that it can be the label of, and those of them that tell."""
+    is_sure_nd = observed.mass >= _thresholds(curves, _CONFIDENCES[0]) - ROUNDING  # as Decoders compares
+    is_told_nd = is_sure_nd & (observed.verdict != UNTOLD)
+    counted = [np.bincount(observed.code[which_nd], minlength=n_types) for which_nd in (is_sure_nd, is_told_nd)]
+    return counted[0], counted[1]
 
 
 def _promises(observed: Candidates, curves: Float[np.ndarray, "d 2"]) -> Float[np.ndarray, " e"]:

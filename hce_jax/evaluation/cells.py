@@ -24,8 +24,8 @@ JOINID = "soma_joinid"
 _BLOCK_SIZE = 2048
 #: Lines of each kind in a report.
 _MOST_LINES = 12
-#: Names of each kind in a message.
-_MOST_NAMES = 6
+#: Names of each kind in a message, and of studies in a title.
+_MOST_NAMES, _MOST_STUDIES = 6, 3
 
 _Name = TypeVar("_Name", str, tuple[str, str])
 
@@ -126,7 +126,8 @@ class SourceCells(Cells):
     Attributes
     ----------
     title, side, block_sizes
-        As of :class:`Cells`; the genes and types are the model's.
+        As of :class:`Cells`; the title is the source's, or names the studies that were asked for; the genes and types
+        are the model's.
     source
         Where their counts are.
     alignments
@@ -201,7 +202,7 @@ class SourceCells(Cells):
         columns, lookups = choice.columns()
         rows = columns.pop("row")
         return cls(
-            title=source.title,
+            title=source.title if dataset_ids is None else _studies(dataset_ids),
             side=side,
             block_sizes=np.diff([*range(0, len(rows), _BLOCK_SIZE), len(rows)]),
             source=source,
@@ -331,6 +332,11 @@ def _small(codes: np.ndarray, n_codes: int) -> np.ndarray:
     return codes.astype(np.min_scalar_type(max(n_codes - 1, 0)))
 
 
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _MOST_NAMES:,} more" if len(names) > _MOST_NAMES else ""
-    return ", ".join(map(repr, names[:_MOST_NAMES])) + more
+def _studies(dataset_ids: Collection[str]) -> str:
+    names = sorted(set(dataset_ids))
+    return f"{'study' if len(names) == 1 else 'studies'} {_some(names, _MOST_STUDIES)}"
+
+
+def _some(names: Sequence[str], most: int = _MOST_NAMES) -> str:
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(map(repr, names[:most])) + more

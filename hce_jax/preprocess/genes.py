@@ -48,17 +48,34 @@ class GeneAlignment:
         How genes were found: "feature_id" or "feature_name"; of :func:`match_genes` in words.
     notes
         For a person: what else was seen or done.
+    are_genes_t
+        Which of their columns are genes of our species, (t,) bool; None: all.
     """
 
     places_t: np.ndarray
     n_genes: int
     by: str
     notes: tuple[str, ...] = ()
+    are_genes_t: np.ndarray | None = None
 
     @property
     def n_found(self) -> int:
         """Number of our genes that they have; the others are 0 in every cell."""
-        return int(np.count_nonzero(self.places_t >= 0))
+        return len(np.unique(self.places_t[self.places_t >= 0]))
+
+    def share_of_counts(self, counts: sparse.csr_array) -> float:
+        """Return which share of the counts (n, t) of their genes lies in ours, mean over the cells that have some.
+
+        What is no gene of our species (antibodies, say) is in neither.
+
+        Examples
+        --------
+        >>> align_genes(["B", "C"], ["A", "B"], ["a", "b"]).share_of_counts(sparse.csr_array([[3.0, 1.0], [0, 0]]))
+        0.75
+        """
+        are_genes_t = np.ones(counts.shape[1], bool) if self.are_genes_t is None else self.are_genes_t
+        total_n, found_n = (counts @ each.astype(np.float64) for each in (are_genes_t, self.places_t >= 0))
+        return float((found_n[total_n > 0] / total_n[total_n > 0]).mean()) if total_n.any() else 0.0
 
     def apply(self, counts: sparse.csr_array | sparse.csr_matrix) -> sparse.csr_array:
         """Bring counts (n, t) into our order of genes, (n, g), of the same type; the genes that we lack are left out.
@@ -178,8 +195,9 @@ def match_genes(
     ([1, 0, -1], 'the column gene_ids of var, as gene ids')
     """
     species = recognise_species(gene_ids) or recognise_species(gene_names)
-    names, notes = _names_in(var, column, where)
-    named, foreign = _of_our_species(names, species)
+    are_genes_t, notes = _which_are_genes(var, where)
+    names = _names_in(var, column, where, are_genes_t)
+    named, are_ours_t, foreign = _of_our_species(names, species)
     ours = {"gene ids": [*map(without_version, gene_ids)], "gene names": [*gene_names]}
     best = _best(named, ours)
     for place, other in _other_species(names, named, species):
@@ -196,7 +214,7 @@ def match_genes(
     counts = Counter(best.places_t[best.places_t >= 0].tolist())
     if several := [count for count in counts.values() if count > 1]:
         notes = [*notes, f"{len(several):,} genes are the sum of {sum(several):,} columns"]
-    return dataclasses.replace(best, notes=(*notes, *foreign))
+    return dataclasses.replace(best, notes=(*notes, *foreign), are_genes_t=are_genes_t & are_ours_t)
 
 
 def check_coverage(alignment: GeneAlignment, where: str, whose: str = "the model's") -> str | None:
@@ -251,7 +269,7 @@ def without_version(name: str) -> str:
 
 def _which_are_genes(var: pd.DataFrame, where: str) -> tuple[np.ndarray, list[str]]:
     """Return which rows of var are genes, (t,) bool, and what is said of the others."""
-    is_gene_t = np.ones(len(var), bool)
+    are_genes_t = np.ones(len(var), bool)
     left_out = Counter[str]()
     for column in _KIND_COLUMNS:
         if column not in var:
@@ -259,16 +277,16 @@ def _which_are_genes(var: pd.DataFrame, where: str) -> tuple[np.ndarray, list[st
         kind_t = var[column].astype(str).to_numpy(str)
         known_t = np.char.lower(kind_t)
         genes_t = np.isin(known_t, _GENES)
-        others_t = is_gene_t & (~genes_t if genes_t.any() else np.isin(known_t, _NO_GENES))
+        others_t = are_genes_t & (~genes_t if genes_t.any() else np.isin(known_t, _NO_GENES))
         left_out.update(kind_t[others_t].tolist())
-        is_gene_t &= ~others_t
-    if left_out and not is_gene_t.any():
+        are_genes_t &= ~others_t
+    if left_out and not are_genes_t.any():
         raise SourceError(f"{where} has no genes: its rows of var are {', '.join(left_out)}; give one with genes")
-    return is_gene_t, [f"{count:,} rows of var that are {kind} are left out" for kind, count in left_out.items()]
+    return are_genes_t, [f"{count:,} rows of var that are {kind} are left out" for kind, count in left_out.items()]
 
 
-def _names_in(var: pd.DataFrame, column: str | None, where: str) -> tuple[dict[str, list[str]], list[str]]:
-    """Return what var may call its genes, by place, "" in rows that are none; and what is said of these."""
+def _names_in(var: pd.DataFrame, column: str | None, where: str, are_genes_t: np.ndarray) -> dict[str, list[str]]:
+    """Return what var may call its genes, by place, "" in rows that are none."""
     texts = [
         name
         for name, values in var.items()
@@ -283,20 +301,26 @@ def _names_in(var: pd.DataFrame, column: str | None, where: str) -> tuple[dict[s
         has = ", ".join(map(str, texts)) or "none"
         raise SourceError(f"{where} has no column {column!r} of text in var (--gene-column); those it has: {has}")
     places |= {f"the column {name} of var": var[name] for name in columns}
-    is_gene_t, notes = _which_are_genes(var, where)
-    return {place: [*np.where(is_gene_t, names.astype(str), "")] for place, names in places.items()}, notes
+    return {place: [*np.where(are_genes_t, names.astype(str), "")] for place, names in places.items()}
 
 
-def _of_our_species(names: dict[str, list[str]], species: Species | None) -> tuple[dict[str, list[str]], list[str]]:
-    """Return names without genomes and versions, "" for genes of other genomes than ours; and what is said of these."""
+def _of_our_species(
+    names: dict[str, list[str]], species: Species | None
+) -> tuple[dict[str, list[str]], np.ndarray, list[str]]:
+    """Return names without genomes and versions, "" for genes of other genomes than ours; which rows are none of these.
+
+    And what is said of them.
+    """
     bare: dict[str, list[str]] = {}
+    are_ours_t = np.ones(len(next(iter(names.values()))), bool)
     left_out = Counter[str]()
     for place, each in names.items():
         split = [without_genome(name) for name in each]
         foreign = Counter(of for _, of in split if of and species and of not in species.names)
         bare[place] = [without_version("" if of in foreign else name) for name, of in split]
+        are_ours_t &= [of not in foreign for _, of in split]
         left_out |= foreign
-    return bare, [f"{count:,} genes of {of} are left out" for of, count in left_out.items()]
+    return bare, are_ours_t, [f"{count:,} genes of {of} are left out" for of, count in left_out.items()]
 
 
 def _other_species(
@@ -331,7 +355,7 @@ def _find(theirs: Sequence[str], ours: Sequence[str], by: str) -> GeneAlignment:
 
 
 def _n_found(alignment: GeneAlignment) -> int:
-    return len(set(alignment.places_t[alignment.places_t >= 0].tolist()))
+    return alignment.n_found
 
 
 def _some(names: Sequence[str]) -> str:

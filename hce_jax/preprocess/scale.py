@@ -6,11 +6,13 @@ regressed, imputed or corrected values are not.
 
 What a matrix has is found from some of its cells. Counts are whole numbers, so what was made of them is, once the right
 logarithm is undone, a whole multiple of one value in each cell. Where values are no multiples, such as TPM, the right
-logarithm is the one that leaves the same total in every cell.
+logarithm is the one that leaves the same total in every cell. What most cells are is what the matrix is; a cell that
+is surely something else, among those looked at or read later, is refused.
 """
 
 import dataclasses
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -21,12 +23,21 @@ from hce_jax.errors import SourceError
 #: Values on a log scale stay below this: ln(1 + x) of the largest share of 100 million; counts of hardly a cell do.
 LARGEST_LOGARITHM = 20.0
 
+#: The largest logarithms of half of the cells differ by less: log2 of a factor of 4.
+_LOGARITHMS_DIFFER = 2.0
+
 #: Cells that tell the scale; more do not tell more.
 _LOOKED_AT = 128
 #: Values other than the smallest of their cell that must tell whether they are multiples.
 _MIN_TELLING = 10
 #: Fewer cells than this share say nothing of the others.
 _HARDLY_ANY = 0.05
+#: The logarithms that may have been taken, the first taken first: of one base, none, or twice.
+_LOGARITHMS = (), (np.e,), (2.0,), (10.0,), (np.e, np.e)
+#: A cell is on another scale if its values would be multiples there by accident with less than this chance.
+_ACCIDENT = 1e-9
+#: Values of a cell that are asked whether it is on another scale: few, which rule out most, and then more.
+_ASKED = 16, 256
 #: The smallest value of a cell may stand for up to so many counts.
 _LARGEST_SMALLEST = 8
 #: What float32 leaves uncertain of a value, relatively: a few roundings of 6e-8.
@@ -85,7 +96,7 @@ class Scale:
         Raises
         ------
         SourceError
-            If a value is negative, not finite, or cannot be on this scale.
+            If a value is negative or not finite, or cells are surely on another scale.
 
         Examples
         --------
@@ -96,46 +107,53 @@ class Scale:
                [ 0., 10.,  4.,  1.]], dtype=float32)
         """
         given = _without_zeros(values)
-        self._check(given.data)
-        if not self.bases and self.kind != "multiples":
-            return given
-        lengths_n = np.diff(given.indptr)
-        lengths_n = lengths_n[lengths_n > 0]
-        ends_n = np.cumsum(lengths_n)
-        result = np.empty_like(given.data)
-        first = 0
-        while first < len(lengths_n):  # some cells at a time, at least one
-            start = ends_n[first] - lengths_n[first]
-            last = max(first + 1, int(np.searchsorted(ends_n, start + _VALUES_AT_A_TIME, "right")))
-            part = slice(int(start), int(ends_n[last - 1]))
-            result[part] = self._undone(given.data[part].astype(np.float64), lengths_n[first:last])
-            first = last
-        return sparse.csr_array((result, given.indices, given.indptr), given.shape)
-
-    def _undone(self, values: np.ndarray, lengths_n: np.ndarray) -> np.ndarray:
-        x = _undo(values, self.bases)
-        if self.kind == "proportional":
-            return x
-        return _whole_multiples(x, lengths_n, _uncertainty(values, lengths_n, self.bases, self.step))[0]
-
-    def _check(self, values: np.ndarray) -> None:
-        lowest, highest = values.min(initial=0), values.max(initial=0)
-        if not (lowest >= 0 and highest < np.inf):  # so that NaN is caught
-            bad = values[~(np.isfinite(values) & (values >= 0))]
+        if not (given.data.min(initial=0) >= 0 and given.data.max(initial=0) < np.inf):  # so that NaN is caught
+            bad = given.data[~(np.isfinite(given.data) & (given.data >= 0))]
             raise SourceError(
                 f"{self.where}: {len(bad):,} values are negative or not finite (first: {bad[0]:g}), where those looked "
                 f"at first are {self.what}; give raw counts, or leave such cells out"
             )
-        if not _can_be_undone(float(highest), self.bases):
+        result, n_others = self.undone(given)
+        if n_others:
             raise SourceError(
-                f"{self.where}: values up to {highest:g}, where those looked at first are {self.what}; give one matrix "
-                "in which all cells are on one scale"
+                f"{self.where}: {n_others:,} of {given.shape[0]:,} cells read together are on another scale than "
+                f"those looked at first, {self.what}; give one matrix in which all cells are on one scale"
             )
-        if self.kind == "counts" and (n_others := np.count_nonzero(values != np.rint(values))):
-            raise SourceError(
-                f"{self.where}: {n_others:,} values are not whole numbers, where those looked at first are "
-                f"{self.what}; give one matrix in which all cells are on one scale"
-            )
+        return result
+
+    def undone(self, given: sparse.csr_array) -> tuple[sparse.csr_array, int]:
+        """Return what :meth:`to_counts` does of positive values, and how many cells are surely on another scale."""
+        lengths_n = np.diff(given.indptr)
+        lengths_n = lengths_n[lengths_n > 0]
+        if self.kind == "counts":
+            return given, int(np.count_nonzero(~_are_whole(given.data, lengths_n)))
+        ends_n = np.cumsum(lengths_n)
+        result = np.empty_like(given.data)
+        first = n_others = 0
+        while first < len(lengths_n):  # some cells at a time, at least one
+            start = ends_n[first] - lengths_n[first]
+            last = max(first + 1, int(np.searchsorted(ends_n, start + _VALUES_AT_A_TIME, "right")))
+            part = slice(int(start), int(ends_n[last - 1]))
+            result[part], others_n = self._undone(given.data[part].astype(np.float64), lengths_n[first:last])
+            n_others += int(np.count_nonzero(others_n))
+            first = last
+        return sparse.csr_array((result, given.indices, given.indptr), given.shape), n_others
+
+    def _undone(self, values: np.ndarray, lengths_n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        result, fits_n = _undo(values, self.bases), np.zeros(len(lengths_n), bool)
+        if self.kind == "multiples":
+            uncertainty_n = _uncertainty(values, lengths_n, self.bases, self.step)
+            result, fits_n = _whole_multiples(result, lengths_n, uncertainty_n)
+        others_n = np.maximum.reduceat(values, _starts(lengths_n)) > _highest(self.bases)
+        if self.bases:  # whole numbers can fit logarithms where there are few
+            fits_n &= ~_are_whole(values, lengths_n)
+        asked = np.flatnonzero(~fits_n & ~others_n)
+        for n_asked, chance in zip(_ASKED, (1.0, _ACCIDENT), strict=True):
+            if len(asked):
+                some = _some_values(values, lengths_n, asked, n_asked)
+                asked = asked[_on_another_scale(*some, self.bases, self.step, chance)]
+        others_n[asked] = True
+        return result, others_n
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,7 +197,9 @@ def recognise(sample: sparse.csr_array, where: str, log1p_base: float | None = N
     In this order: whole numbers are raw counts; multiples of one value in each cell are counts scaled cell by cell,
     with or without a logarithm; without multiples, a total that is the same in all cells tells the logarithm; else
     values too large for a logarithm are taken as proportional to counts, as programs that take ambient RNA away leave
-    them; else, where a cell has too few values to tell, the file's own word is taken.
+    them; else, where a cell has too few values to tell, the file's own word is taken. Most cells decide. Cells that do
+    not fit are taken too, but none that is surely on another scale: where one value cannot be on this one, where whole
+    numbers lie among logarithms or others among counts, or where values are multiples on another scale.
 
     Examples
     --------
@@ -256,11 +276,22 @@ def _recognise(sample: sparse.csr_array, where: str, log1p_base: float | None) -
     if unusable := _unusable(data):
         return unusable
     if (data == np.rint(data)).all():
-        return Scale("raw counts" if data.max() > 1 else "zeros and ones, taken for raw counts", where, "counts")
+        what = "raw counts" if data.max() > 1 else "zeros and ones, which say what is expressed and not how much"
+        return Scale(what, where, "counts")
     filled = np.flatnonzero(np.diff(given.indptr))
     looked_at = given[filled[np.unique(np.linspace(0, len(filled) - 1, _LOOKED_AT).astype(np.int64))]]
     seen = _Seen(looked_at.data.astype(np.float64), np.diff(looked_at.indptr), _step(data))
-    return seen.from_multiples(where, log1p_base) or seen.without_multiples(given, where, log1p_base)
+    found = seen.from_multiples(where, log1p_base) or seen.without_multiples(given, where, log1p_base)
+    if isinstance(found, Scale) and (n_others := found.undone(given)[1]):
+        return _different_scales(n_others, len(filled), found.what)
+    return found
+
+
+def _different_scales(n_others: int, n_cells: int, what: str) -> str:
+    return (
+        f"cells on different scales, {n_others:,} of {n_cells:,} on another than the others ({what}), where all cells "
+        "of one matrix must be on one scale"
+    )
 
 
 def _without_zeros(values: sparse.csr_array) -> sparse.csr_array:
@@ -312,17 +343,18 @@ class _Seen:
 
     def from_multiples(self, where: str, log1p_base: float | None) -> Scale | str | None:
         """Return the scale on which most cells have multiples, if there is one, or say that cells are on several."""
-        fits = {bases: self.fitting(bases) for bases in self.possible(log1p_base)}
-        bases = max(fits, key=lambda each: self.share(fits[each], each))
-        what, share = self.describe(bases), self.share(fits[bases], bases)
-        # Cells without multiples may be of a study whose values never were such. If they are multiples on another
-        # scale, or small where the others are no logarithms, they are on another scale.
-        if bases:
-            other_n = np.logical_or.reduce([fits_n for each, fits_n in fits.items() if each != bases])
-        else:
-            other_n = np.maximum.reduceat(self.values, _starts(self.lengths_n)) < LARGEST_LOGARITHM
-        if share > _HARDLY_ANY and self.share(other_n & ~self.multiples(bases)[1], bases) > _HARDLY_ANY:
-            return f"cells on different scales, {share:.0%} of them {what}"
+        bases = max(_bases(log1p_base), key=lambda each: self.share(self.fitting(each), each))
+        what, fits_n = self.describe(bases), self.fitting(bases)
+        if not bases:
+            are_whole_n = _are_whole(self.values, self.lengths_n)
+            if are_whole_n.mean() >= 0.5:
+                return Scale("raw counts", where, "counts")
+            # Cells without multiples may be of a study whose values never were such; but not if they are small where
+            # those of the others are no logarithms.
+            small_n = (self.highest_n < LARGEST_LOGARITHM) & ~self.multiples(bases)[1]
+            if min(self.share(fits_n & ~are_whole_n, bases), self.share(small_n, bases)) > _HARDLY_ANY:
+                return _different_scales(int(np.count_nonzero(small_n)), len(small_n), what)
+        share = self.share(fits_n, bases)
         if share < 0.5:
             return None
         what += f" (in {share:.0%} of cells)" if share < 1 - _HARDLY_ANY else ""
@@ -334,33 +366,48 @@ class _Seen:
         looks = f"not whole numbers, {sample.data.min():.3g} to {sample.data.max():.3g}"
         if n_genes >= _MANY_GENES and sample.nnz > (1 - _FEWEST_ZEROS) * n_cells * n_genes:
             return f"{looks}, hardly any of them 0, as imputation and correction leave them"
-        possible = self.possible(log1p_base)
-        bases = min(possible, key=self.spread_of_totals)
+        bases = min(_bases(log1p_base), key=self.spread_of_totals)
         if self.spread_of_totals(bases) < _SAME_TOTAL:
             return Scale(f"{_logarithms(bases)}values scaled {self.scaled(bases)}", where, "proportional", bases)
         squares = dataclasses.replace(self, values=self.values**2)
         if squares.share(squares.fitting(()), ()) > 0.5:
             return f"{looks}, square roots of counts"
-        if sample.data.max() >= LARGEST_LOGARITHM:
+        if self.too_large_for_logarithms:
             what = "counts that are not whole numbers, as taking ambient RNA away leaves them"
             return Scale(what, where, "proportional")
-        stated = (log1p_base,) if log1p_base and (log1p_base,) in possible else ()
-        if stated and np.count_nonzero(self.telling(stated)) < _MIN_TELLING:
+        stated = _stated(log1p_base)
+        if stated and self.undoable(stated).all() and np.count_nonzero(self.telling(stated)) < _MIN_TELLING:
             return Scale(f"{_logarithms(stated)}values, as the file states", where, "proportional", stated)
         return f"{looks}, neither multiples of one value in each cell nor of one total in all cells"
 
-    def possible(self, log1p_base: float | None) -> list[tuple[float, ...]]:
-        """Return which logarithms may have been taken; the base that the file states, if another, is among them."""
-        every: dict[tuple[float, ...], None] = dict.fromkeys([(), (np.e,), (2.0,), (10.0,)])
-        if log1p_base and log1p_base > 1:
-            every[(float(log1p_base),)] = None
-        every[np.e, np.e] = None
-        return [bases for bases in every if _can_be_undone(float(self.values.max()), bases)]
+    @cached_property
+    def highest_n(self) -> np.ndarray:
+        """The largest value of each cell, (n,)."""
+        return np.maximum.reduceat(self.values, _starts(self.lengths_n))
+
+    @property
+    def too_large_for_logarithms(self) -> bool:
+        """Whether the values of most cells are: those of all the cells that are not whole, by their largest values.
+
+        The largest logarithms of two cells differ little, while largest counts differ as the sizes of the cells do, so
+        some of them may be small.
+        """
+        highest = self.highest_n[~_are_whole(self.values, self.lengths_n)]
+        if not len(highest):
+            return False
+        middle, nearly_largest = np.quantile(highest, [0.5, 1 - _HARDLY_ANY])
+        differ = np.median(np.abs(highest - middle)) > _LOGARITHMS_DIFFER
+        return bool(middle >= LARGEST_LOGARITHM or (nearly_largest >= LARGEST_LOGARITHM and differ))
+
+    def undoable(self, bases: tuple[float, ...]) -> np.ndarray:
+        """Return in which cells these logarithms may have been taken, (n,) bool."""
+        return self.highest_n <= _highest(bases)
 
     def multiples(self, bases: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray]:
         """Return the counts, and which cells have some, (n,) bool."""
         uncertainty_n = _uncertainty(self.values, self.lengths_n, bases, self.step)
-        return _whole_multiples(_undo(self.values, bases), self.lengths_n, uncertainty_n)
+        counts, fits_n = _whole_multiples(_undo(self.values, bases), self.lengths_n, uncertainty_n)
+        return counts, fits_n & self.undoable(bases)
 
     def describe(self, bases: tuple[float, ...]) -> str:
         """Say what values are that are multiples once these logarithms are undone."""
@@ -387,14 +434,14 @@ class _Seen:
         return np.logical_or.reduceat(tells, _starts(self.lengths_n)) & self.multiples(bases)[1]
 
     def share(self, cells_n: np.ndarray, bases: tuple[float, ...]) -> float:
-        """Return the share that some cells, (n,) bool, have of those that tell."""
-        tells_n = np.logical_or.reduceat(self.telling(bases), _starts(self.lengths_n))
+        """Return the share that some cells, (n,) bool, have of those that tell or cannot be on this scale."""
+        tells_n = np.logical_or.reduceat(self.telling(bases), _starts(self.lengths_n)) | ~self.undoable(bases)
         return int(np.count_nonzero(cells_n & tells_n)) / max(int(np.count_nonzero(tells_n)), 1)
 
     def spread_of_totals(self, bases: tuple[float, ...]) -> float:
         """Return by how much the totals of 9 of 10 cells differ at most, as a share; infinite if few cells tell."""
         total_n = self.totals(bases)
-        if len(total_n) < 5:
+        if len(total_n) < 5 or self.undoable(bases).mean() < 0.9:
             return np.inf
         return float(np.quantile(np.abs(total_n / np.median(total_n) - 1), 0.9))
 
@@ -418,18 +465,77 @@ def _logarithms(bases: tuple[float, ...]) -> str:
     return f"{name}(1 + x){', taken twice,' if len(bases) > 1 else ''} of "
 
 
-def _can_be_undone(highest: float, bases: tuple[float, ...]) -> bool:
-    for base in reversed(bases):
-        if highest * np.log(base) > LARGEST_LOGARITHM:
-            return False
-        highest = np.expm1(highest * np.log(base))
-    return True
+def _stated(log1p_base: float | None) -> tuple[float, ...]:
+    return (float(log1p_base),) if log1p_base and log1p_base > 1 else ()
+
+
+def _bases(log1p_base: float | None) -> list[tuple[float, ...]]:
+    """Return which logarithms may have been taken; the base that the file states is among them."""
+    return [*dict.fromkeys([*_LOGARITHMS, _stated(log1p_base)])]
+
+
+def _highest(bases: tuple[float, ...]) -> float:
+    """Return the largest value that there may be once these logarithms are taken."""
+    highest = np.inf
+    for base in bases:
+        highest = min(LARGEST_LOGARITHM, np.log1p(highest)) / np.log(base)
+    return highest
 
 
 def _undo(values: np.ndarray, bases: tuple[float, ...]) -> np.ndarray:
+    values = np.minimum(values, _highest(bases))  # beyond, nothing follows from them
     for base in reversed(bases):
         values = np.expm1(values * np.log(base))
     return values
+
+
+def _are_whole(values: np.ndarray, lengths_n: np.ndarray) -> np.ndarray:
+    """Return which cells have whole numbers only, (n,) bool."""
+    return np.logical_and.reduceat(values == np.rint(values), _starts(lengths_n)) if len(values) else lengths_n > 0
+
+
+def _some_values(
+    values: np.ndarray, lengths_n: np.ndarray, cells: np.ndarray, n_asked: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return some values of some cells, the smallest of each among them, and how many of each."""
+    starts_k, of_k = _starts(lengths_n)[cells], lengths_n[cells]
+    smallest_k = np.minimum.reduceat(values, _starts(lengths_n))[cells]
+    asked_k = np.minimum(of_k, n_asked)
+    turn = np.arange(asked_k.sum()) - np.repeat(_starts(asked_k), asked_k)
+    spread = np.repeat(starts_k, asked_k) + turn * np.repeat(of_k, asked_k) // np.repeat(asked_k, asked_k)
+    return np.insert(values[spread], _starts(asked_k), smallest_k), asked_k + 1
+
+
+def _on_another_scale(
+    values: np.ndarray, lengths_n: np.ndarray, bases: tuple[float, ...], step: float, chance: float
+) -> np.ndarray:
+    """Return which cells that do not fit a scale are on another, by accident with this chance at most, (n,) bool.
+
+    They have whole numbers where the scale is logarithms, or multiples on another scale and not on this.
+    """
+    starts_n = _starts(lengths_n)
+    differ_n = np.maximum.reduceat(values, starts_n) > np.minimum.reduceat(values, starts_n)
+    others_n = _are_whole(values, lengths_n) & (differ_n | (chance == 1)) if bases else np.zeros(len(lengths_n), bool)
+    for other in _LOGARITHMS:
+        if other != bases:
+            others_n |= _accident(values, lengths_n, other, step) <= chance
+    return others_n if chance == 1 else others_n & (_accident(values, lengths_n, bases, step) >= 1)
+
+
+def _accident(values: np.ndarray, lengths_n: np.ndarray, bases: tuple[float, ...], step: float) -> np.ndarray:
+    """Bound the chance that any values of the cells would be multiples as these are, (n,); infinite where none."""
+    starts_n = _starts(lengths_n)
+    uncertainty_n = _uncertainty(values, lengths_n, bases, step)
+    counts, fits_n = _whole_multiples(_undo(values, bases), lengths_n, uncertainty_n)
+    cell = np.repeat(np.arange(len(lengths_n)), lengths_n)
+    order = np.lexsort((counts, cell))
+    ratio = counts[order] / np.repeat(np.minimum.reduceat(counts, starts_n), lengths_n)
+    # Of a value that is so many times the smallest, this share of all that it may be is as near to a multiple.
+    chance = np.minimum(2 * _LARGEST_SMALLEST * ratio * np.repeat(uncertainty_n, lengths_n), 1)
+    chance[np.diff(counts[order], prepend=-1) == 0] = 1  # the same again
+    chance[starts_n] = 1
+    fits_n &= np.maximum.reduceat(values, starts_n) <= _highest(bases)
+    return np.where(fits_n, np.multiply.reduceat(chance, starts_n), np.inf)
 
 
 def _starts(lengths_n: np.ndarray) -> np.ndarray:

@@ -28,6 +28,7 @@ KERNEL = np.random.default_rng(5).normal(scale=0.12, size=(N_GENES, 6)).astype(n
 BIAS = np.array([-1, -1, 0, 0, 0, 0], np.float32)
 CURVES = ((0.0, 1.0), (-0.5, 1.0), (0.0, 0.5))  # by depth: log-odds of the confidence = a + b * those of the mass
 CONFIDENCE = 0.75  # that a label must have; odds of 3, so of the mass 3, 3 exp(0.5) and 9
+N_CANDIDATES, N_TOLD = (400, 300, 100, 41, 120, 90), (400, 290, 90, 20, 120, 90)  # too few of CD8-positive T cells
 THRESHOLDS = (3 / 4, 3 * np.exp(0.5) / (1 + 3 * np.exp(0.5)), 9 / 10)
 
 
@@ -50,6 +51,8 @@ def save_small_model(path: Path) -> Path:
         max_errors=np.array([0.05]),
         confidences=np.array([CONFIDENCE]),
         curves=np.array(CURVES),
+        n_candidates=np.array(N_CANDIDATES),
+        n_told=np.array(N_TOLD),
     )
     calibration.write(calibration_path(path))
     return path

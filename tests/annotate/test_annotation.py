@@ -138,6 +138,29 @@ def test_a_view_is_copied(checkpoint):
     assert "hce_label" not in cells.obs
 
 
+@pytest.mark.parametrize(("fewer", "is_warned_of"), [(1, True), (0, False)])
+def test_labels_that_the_calibration_could_hardly_judge_are_warned_of_at_the_end(
+    fewer, is_warned_of, checkpoint, expected, tmp_path
+):
+    names, cells = np.array([label for label, _, _ in expected]), raw_counts()
+    doubtful, others = (np.flatnonzero(names == name) for name in ("CD8-positive T cell", "B cell"))
+    n_others = 9 * len(doubtful) - fewer  # so that they are a tenth, or a little more
+    rows = [*doubtful, *np.resize(others, n_others), 59]
+    AnnData(cells.X[rows], var=cells.var).write_h5ad(tmp_path / "cells.h5ad")
+    said = []
+    made = annotate_file(tmp_path / "cells.h5ad", tmp_path / "a.h5ad", checkpoint, say=said.append)
+    assert made.about["hardly_judged"] == pytest.approx(len(doubtful) / (len(doubtful) + n_others))
+    warnings = [
+        "1 cells have no counts in the model's genes and get no label",
+        f"{len(doubtful)} labels (10 %) are of types of which few cells of the calibration could tell whether they are "
+        "right (CD8-positive T cell: 20 of 41): they may be too fine, or wrong, whatever their confidence",
+    ][: 1 + is_warned_of]
+    assert made.about["input"]["warnings"] == warnings
+    assert said[1:] == [f"WARNING     {warning}" for warning in warnings]
+    html = (tmp_path / "a_report.html").read_text()
+    assert ("CD8-positive T cell: 20 of 41" in html) == is_warned_of
+
+
 def test_a_threshold_takes_the_place_of_the_promise(checkpoint):
     given = annotate(raw_counts(), checkpoint, confidence=0.999)
     assert given.uns["hce_jax"]["confidence"] == 0.999

@@ -75,9 +75,14 @@ class SimulatedCells(Cells):
 def calibration_with(**fields):
     curves = np.array([[0.5, 1.5], [-1.0, 0.8], [-3.0, 2.0]])
     given = {"max_errors": np.array([0.01, 0.05, 0.1]), "confidences": np.array([np.inf, 0.9, 0.7]), "curves": curves}
+    given |= {"n_candidates": np.full(7, 30), "n_told": np.full(7, 30)}
     return Calibration(
         **{"title": "cells", "n_cells": 10, "unit": "donor", "n_units": 2, "studies": (), "types": "x"} | given | fields
     )
+
+
+def observed_of(mass, verdict, unit):
+    return Candidates(np.zeros(verdict.shape, int), mass.astype(np.float32), verdict.astype(np.int8), unit)
 
 
 def told_error(cells, codes):
@@ -115,8 +120,8 @@ def test_the_candidate_of_a_depth_holds_the_largest_mass_there():
 
 
 def told_at_depth_0(mass, right, unit=None):
-    verdict = np.where(right, RIGHT, WRONG)[:, None].astype(np.int8)
-    return Candidates(mass[:, None].astype(np.float32), verdict, np.zeros(len(mass), int) if unit is None else unit)
+    verdict = np.where(right, RIGHT, WRONG)[:, None]
+    return observed_of(mass[:, None], verdict, np.zeros(len(mass), int) if unit is None else unit)
 
 
 @pytest.mark.parametrize("n_cells", [5, 400])
@@ -137,7 +142,7 @@ def test_a_curve_is_the_most_probable_one(n_cells):
 
 def test_without_told_cells_confidence_is_the_mass_and_untold_cells_do_not_count():
     mass = np.linspace(0.1, 0.9, 50)
-    untold = Candidates(mass[:, None].astype(np.float32), np.zeros((50, 1), np.int8), np.zeros(50, int))
+    untold = observed_of(mass[:, None], np.zeros((50, 1)), np.zeros(50, int))
     assert module._curve(untold, 0).tolist() == [0, 1]
     some = told_at_depth_0(mass, mass > 0.6)
     both = Candidates(*(np.concatenate(pair) for pair in zip(some, untold, strict=True)))
@@ -157,7 +162,7 @@ def test_the_bound_of_three_donors_worked_by_hand():
     verdict = np.concatenate([[WRONG] * w + [RIGHT] * (t - w) + [UNTOLD] * 3 for t, w in zip(told, wrong, strict=True)])
     unit = np.repeat([0, 2, 3, 1], [13, 23, 33, 2])
     verdict = np.append(verdict, [UNTOLD] * 2)
-    observed = Candidates(np.full((len(unit), 1), 0.8, np.float32), verdict[:, None].astype(np.int8), unit)
+    observed = observed_of(np.full((len(unit), 1), 0.8), verdict[:, None], unit)
     error = 7 / 61
     between = 3 / 2 * sum((w - error * t) ** 2 for t, w in zip(told, wrong, strict=True)) / 60**2
     chance = error * (1 - error) / 60
@@ -179,13 +184,39 @@ def test_a_promise_is_the_lowest_confidence_that_keeps_it(calibrated):
             .decode("backoff", cells.probabilities)
             .codes
         )
-        observed = Candidates(np.ones((N_CELLS, 1)), verdicts(cells.labels, codes[:, None], REACHABILITY), cells.donors)
+        observed = observed_of(
+            np.ones((N_CELLS, 1)), verdicts(cells.labels, codes[:, None], REACHABILITY), cells.donors
+        )
         expected.append(module._bound(observed, np.array([0.5])))
     for max_error, confidence in zip(MAX_ERRORS, calibrated.confidences, strict=True):
         kept = module._CONFIDENCES[np.array(expected) <= max_error]
         assert confidence == (min(kept) if len(kept) else np.inf)
     assert (calibrated.n_units, calibrated.n_cells, calibrated.studies) == (12, N_CELLS, ())
     assert (np.diff(calibrated.confidences[np.isfinite(calibrated.confidences)]) <= 0).all()
+
+
+def test_cells_that_tell_are_counted_for_each_type(calibrated):
+    cells = SimulatedCells(0)
+    mass_nc = cells.probabilities @ REACHABILITY.T
+    sure_nc = np.stack([calibrated.confidence(mass_nc[:, code], np.full(N_CELLS, DEPTH[code])) for code in range(7)], 1)
+    n_candidates, n_told = np.zeros(7, int), np.zeros(7, int)
+    for mass, sure, label in zip(mass_nc.tolist(), sure_nc.tolist(), cells.labels.tolist(), strict=True):
+        for same_depth in ([0, 6], [1, 2], [3, 4, 5]):
+            code = max(same_depth, key=mass.__getitem__)
+            if sure[code] >= 0.5:
+                n_candidates[code] += 1
+                n_told[code] += code == label or not REACHABILITY[label, code]
+    np.testing.assert_allclose(calibrated.n_candidates, n_candidates, atol=1)  # one may lie on the bound
+    np.testing.assert_allclose(calibrated.n_told, n_told, atol=1)
+    assert n_told[0] == n_candidates[0]  # nothing is coarser
+    assert all(0.4 * n_candidates[each] < n_told[each] < 0.95 * n_candidates[each] for each in (3, 4, 5))
+
+
+def test_types_of_which_few_cells_tell_are_hardly_judged():
+    calibration = calibration_with(
+        n_candidates=np.array([0, 19, 20, 40, 41, 1000, 1000]), n_told=np.array([0, 19, 20, 20, 20, 499, 500])
+    )
+    assert calibration.hardly_judged.tolist() == [True, True, False, False, True, True, False]
 
 
 @pytest.mark.parametrize("max_error", [0.03, 0.05, 0.1])
@@ -263,6 +294,32 @@ def test_what_is_written_is_read_as_it_was(tmp_path, calibrated):
         lambda fields: fields["max_errors"].reverse(),
         lambda fields: fields.update(unit="cell"),
         lambda fields: fields.update(studies=None),
+        lambda fields: fields.update(studies=[7]),
+        lambda fields: fields.update(title=7),
+        lambda fields: fields.update(types=None),
+        lambda fields: fields.update(n_cells="576"),
+        lambda fields: fields.update(n_cells=True, n_units=True),
+        lambda fields: fields.update(n_cells=0),
+        lambda fields: fields.update(n_units=None),
+        lambda fields: fields.update(n_units="12"),
+        lambda fields: fields.update(n_units=0),
+        lambda fields: fields.update(n_units=N_CELLS + 1),
+        lambda fields: fields["curves"][1].__setitem__(1, -0.1),
+        lambda fields: fields["curves"][1].__setitem__(1, "1.0"),
+        lambda fields: fields["curves"][1].append(1.0),
+        lambda fields: fields["confidences"].__setitem__(3, 2.0),
+        lambda fields: fields["confidences"].__setitem__(3, "0.9"),
+        lambda fields: fields["confidences"].__setitem__(3, float("nan")),
+        lambda fields: fields["max_errors"].__setitem__(0, float("nan")),
+        lambda fields: fields["max_errors"].__setitem__(-1, 1.5),
+        lambda fields: fields["max_errors"].__setitem__(0, 0),
+        lambda fields: fields.update(max_errors=[], confidences=[]),
+        lambda fields: fields["n_told"].__setitem__(3, 10**6),
+        lambda fields: fields["n_told"].__setitem__(3, -1),
+        lambda fields: fields["n_told"].__setitem__(3, 5.0),
+        lambda fields: fields["n_told"].pop(),
+        lambda fields: fields["n_candidates"].__setitem__(3, 10**30),
+        lambda fields: [fields[name].pop() for name in ("n_told", "n_candidates")],
         None,
     ],
 )
@@ -278,6 +335,24 @@ def test_a_damaged_file_is_one_line(tmp_path, calibrated, damage):
     with pytest.raises(
         CheckpointError, match=r"calibration.json is (damaged|of other) .*; make it anew: python evaluate.py"
     ):
+        Calibration.read(path, SimulatedCells(0).side)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (lambda text: text.replace('"n_told"', '"told"'), r"it has no n_told\)"),  # as of an earlier version
+        (lambda text: text.replace('"n_cells": 3000', '"n_cells": "3000"'), r"its n_cells cannot be \"3000\"\)"),
+        (lambda text: text.replace('"n_cells": 3000', '"n_cells": 0'), r"its n_cells cannot be 0\)"),
+        (lambda text: f"[{text}]", r"it holds no fields\)"),
+        (lambda text: text.replace("simulated", "\udcff"), "can't decode"),
+    ],
+)
+def test_what_is_wrong_with_a_damaged_file_is_said(tmp_path, calibrated, text, says):
+    path = tmp_path / "calibration.json"
+    calibrated.write(path)
+    path.write_bytes(text(path.read_text()).encode("utf-8", "surrogateescape"))
+    with pytest.raises(CheckpointError, match=rf"calibration.json is damaged \(.*{says}.*; make it anew: python"):
         Calibration.read(path, SimulatedCells(0).side)
 
 

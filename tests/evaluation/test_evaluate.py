@@ -59,7 +59,9 @@ def test_files_are_about_the_decoder_that_was_asked_for(tmp_path, decoder):
 def test_back_off_goes_by_the_calibration_of_a_model_that_has_one(tmp_path):
     curves = np.array([[0.0, 1.0], [0.2, 1.5], [0.0, 0.7]])
     errors, confidences = np.array([0.02, 0.05, 0.1]), np.array([0.9, 0.55, 0.5])
-    calibration = Calibration("cells", 9, "study", 2, ("a", "b"), "", errors, confidences, curves)
+    calibration = Calibration(
+        "cells", 9, "study", 2, ("a", "b"), "", errors, confidences, curves, *[np.full(len(REACHABILITY), 9)] * 2
+    )
     jobs = [Job(CodedClassifier(), tmp_path / "plain"), Job(CodedClassifier(), tmp_path / "calibrated", calibration)]
     evaluate(CodedCells([60]), jobs, Settings("ood", decoder="backoff", confidence=0.75, max_error=0.06, detailed=True))
     probabilities = probabilities_of(CELLS)

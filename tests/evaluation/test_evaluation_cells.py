@@ -188,10 +188,21 @@ def test_cells_of_chosen_studies_only():
     expected = chosen().query("dataset_id != 'study 1'")
     assert table_of(cells)[1]["soma_joinid"].tolist() == expected["soma_joinid"].tolist()
     assert cells.n_in_source == 40
+    assert cells.title == "studies 'study 0', 'study 2'"
+    assert " of 40 in studies 'study 0', 'study 2' are of " in cells.report()
     assert sum(cells.left_out.values()) == 40 - len(expected)
     says = "memory has no cell of the study 'study 7'; its studies are 'study 0', 'study 1', 'study 2'"
     with pytest.raises(SourceError, match=says):
         choose(dataset_ids=["study 1", "study 7"])
+
+
+@pytest.mark.parametrize(
+    ("n_studies", "title"),
+    [(1, "study 's0'"), (3, "studies 's0', 's1', 's2'"), (5, "studies 's0', 's1', 's2' and 2 more")],
+)
+def test_chosen_studies_are_named_if_they_are_few(n_studies, title):
+    obs = all_cells().assign(dataset_id=[f"s{cell // 12}" for cell in range(N_CELLS)])
+    assert choose(source_of(obs), dataset_ids=[f"s{each}" for each in range(n_studies)]).title == title
 
 
 def test_a_report_says_which_cells_these_are():

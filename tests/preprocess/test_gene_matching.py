@@ -100,6 +100,41 @@ def test_sums_are_those_of_a_matrix_product(seed):
     np.testing.assert_array_equal(GeneAlignment(places, 6, "").apply(sparse.csr_array(counts)).toarray(), expected)
 
 
+def test_genes_that_are_there_twice_are_found_once():
+    var = pd.DataFrame(index=[*IDS[:15], *(f"{name}.2" for name in IDS[:15]), *IDS[:15]])
+    found = match(var)
+    assert found.n_found == 15
+    assert check_coverage(found, "my.h5ad").startswith("my.h5ad has only 15 of the model's 40 genes (38 %;")
+    with pytest.raises(SourceError, match=r"only 1 of the model's 40 genes \(2\.5 %;"):
+        check_coverage(match(pd.DataFrame(index=IDS[:1] * 45)), "my.h5ad")
+
+
+def test_what_finds_most_different_genes_is_taken():
+    var = pd.DataFrame({"symbol": theirs(NAMES)}, [IDS[0]] * 20 + [IDS[1]] * 10)
+    var["gene_ids"] = ["x"] * 30
+    assert match(var).by == "the column symbol of var, as gene names"
+
+
+@pytest.mark.parametrize(
+    "var",
+    [
+        pd.DataFrame({"feature_types": ["Gene Expression"] * 3 + ["Antibody Capture"]}, [*IDS[:2], "other", "CD4"]),
+        pd.DataFrame(index=[f"GRCh38_{NAMES[0]}", f"GRCh38_{NAMES[1]}", "GRCh38_other", "mm10_Cd4"]),
+        pd.DataFrame({"gene_ids": [*IDS[:2], "", "mm10_x"]}, ["a", "b", "other", "d"]),
+    ],
+    ids=["antibodies", "another genome in the index", "another genome in a column"],
+)
+def test_only_genes_of_our_species_are_in_the_share_of_counts(var):
+    counts = sparse.csr_array(np.array([[3, 0, 1, 96], [1, 1, 2, 0], [0, 0, 0, 7], [0, 0, 0, 0]], np.float32))
+    assert match(var).share_of_counts(counts) == pytest.approx((3 / 4 + 2 / 4) / 2)  # cells without genes say nothing
+
+
+def test_the_share_of_counts_is_that_of_all_columns_where_nothing_is_known_of_them():
+    counts = sparse.csr_array(np.array([[3.0, 1, 4], [2, 0, 0]]))
+    assert GeneAlignment(np.array([1, -1, 1]), 2, "").share_of_counts(counts) == pytest.approx((7 / 8 + 1) / 2)
+    assert GeneAlignment(np.array([1, -1, 1]), 2, "").share_of_counts(counts[:0]) == 0
+
+
 def test_a_name_that_stands_for_several_of_our_genes_finds_none_in_any_case():
     assert match_genes(pd.DataFrame(index=["A", "B", "C"]), ["1", "2", "3"], ["A", "A", "B"], "x").n_found == 1
     assert match_genes(pd.DataFrame(index=["a", "b", "c"]), ["1", "2", "3"], ["A", "A", "B"], "x").n_found == 1

@@ -81,7 +81,6 @@ def test_raw_counts_stay_what_they_are():
         scale = recognise(counts, "X")
         assert (scale.words, scale.kind) == ("raw counts", "counts")
         np.testing.assert_array_equal(scale.to_counts(counts).toarray(), counts.toarray())
-    assert recognise(sparse.csr_array((COUNTS > 0).astype(np.float32)), "X").words.startswith("zeros and ones")
 
 
 def test_values_rounded_to_3_decimals_come_back_to_counts():
@@ -130,6 +129,25 @@ def test_counts_without_ambient_rna_are_taken_as_they_are():
     np.testing.assert_array_equal(scale.to_counts(values).toarray(), values.toarray())
 
 
+def without_ambient_rna(counts, share):
+    """Take away from each cell a share of its counts as they are in all cells together, to 0 at least."""
+    counts = counts.toarray()
+    ambient = counts.sum(axis=0) / counts.sum()
+    return sparse.csr_array(np.maximum(counts - share * counts.sum(axis=1, keepdims=True) * ambient, 0))
+
+
+@pytest.mark.parametrize("shallower", [1, 2], ids="1 of {} counts".format)
+def test_counts_without_ambient_rna_of_small_cells_too_are_no_logarithms(shallower):
+    counts = sparse.csr_array(np.floor(COUNTS.toarray() / shallower))
+    values = without_ambient_rna(counts, 0.1)
+    assert (values.max(axis=1).toarray() < 20).mean() > 0.4  # so that most alone do not tell
+    assert recognise(values, "X").words.startswith("counts that are not whole numbers")
+    one = values[[int(values.max(axis=1).toarray().argmax())]]
+    assert recognise(one, "X").words.startswith("counts that are not whole numbers")
+    whole = stacked(counts[:20], values[20:])
+    np.testing.assert_array_equal(recognise(whole, "X").to_counts(whole).toarray(), whole.toarray().astype(np.float32))
+
+
 def imputed():
     rng = np.random.default_rng(3)
     return sparse.csr_array(np.log1p(rng.gamma(2, 5, (30, 1000))).astype(np.float32))
@@ -150,6 +168,17 @@ def stacked(*parts):
     return sparse.csr_array(sparse.vstack(parts))
 
 
+def with_one_value(values, value):
+    values = values.copy()
+    values.data[values.indptr[7]] = value
+    return values
+
+
+LN, LOG2, SCALED = by_scanpy(COUNTS), by_scanpy(COUNTS, base=2), by_scanpy(COUNTS, logarithms=0)
+LN_TPM, AMBIENT = changed(tpm(), np.log1p), without_ambient_rna(COUNTS, 0.1).astype(np.float32)
+ROUNDED = changed(LN, lambda x: x.round(3))
+
+
 @pytest.mark.parametrize(
     ("values", "seen"),
     [
@@ -161,23 +190,131 @@ def stacked(*parts):
         (0.5 * (by_scanpy(COUNTS)[:30] + by_scanpy(COUNTS)[30:]), "not whole numbers, .*, neither multiples"),
         (imputed(), "hardly any of them 0, as imputation and correction leave them"),
         (changed(COUNTS, np.sqrt), "square roots of counts"),
-        (stacked(COUNTS[:30], by_scanpy(COUNTS)[30:]), "cells on different scales, 5.% of them raw counts"),
-        (stacked(COUNTS[:6], by_scanpy(COUNTS)[6:]), "cells on different scales, 1.% of them raw counts"),
-        (stacked(by_scanpy(COUNTS)[:40], by_scanpy(COUNTS, 1e4, 2)[40:]), r"67% of them ln\(1 \+ x\) of counts"),
+        (stacked(COUNTS[:30], by_scanpy(COUNTS)[30:]), r"30 of 60 on another than the others \(raw counts\)"),
+        (stacked(COUNTS[:6], by_scanpy(COUNTS)[6:]), r"different scales, 6 of 60 on another than the others \(ln\(1 "),
+        (stacked(by_scanpy(COUNTS)[:40], by_scanpy(COUNTS, 1e4, 2)[40:]), r"20 of 60 on another than the others \(ln"),
+        (stacked(SCALED[:50], changed(tpm(), np.log1p)[50:]), r"10 of 60 on another than the others \(counts scaled"),
+        (with_one_value(changed(tpm(), np.log1p)[:, ::2], 30), "not whole numbers, .* to 30, neither multiples"),
+        (stacked(tpm()[:8], LN_TPM[8:])[:, ::2], "not whole numbers, .*, neither multiples"),
+        (stacked(COUNTS[:27], LN_TPM[27:])[:, ::2], "not whole numbers, .*, neither multiples"),
         (by_scanpy(COUNTS)[:, :2], "not whole numbers"),  # two values of a cell tell nothing
     ],
     ids=["scaled", "not finite", "zeros", "no cells", "subset of TPM", "means of logarithms", "imputed", "square roots",
-         "half raw", "a tenth raw", "two bases", "two genes"],
+         "half raw", "a tenth raw", "two bases", "a sixth logarithms of TPM", "subset of TPM and an odd value",
+         "subset of two scales of TPM", "raw and a subset of TPM", "two genes"],
 )  # fmt: skip
 def test_what_is_no_disguise_of_counts_is_refused(values, seen):
     with pytest.raises(SourceError, match=f"^X of my.h5ad: .*{seen}.*; give raw counts, or log1p values of them$"):
         recognise(values, "X of my.h5ad")
 
 
+ODD = {
+    "raw among ln": (COUNTS, LN),
+    "scaled among ln": (SCALED, LN),
+    "log2 among ln": (LOG2, LN),
+    "ln among scaled": (LN, SCALED),
+    "log2 among scaled": (LOG2, SCALED),
+    "ln among raw": (LN, COUNTS),
+    "scaled among raw": (SCALED, COUNTS),
+    "raw among ln of TPM": (COUNTS, LN_TPM),
+    "TPM among ln of TPM": (tpm(), LN_TPM),
+    "log2 among ln of TPM": (LOG2, LN_TPM),
+    "ln among TPM": (LN, tpm()),
+    "ln among counts without ambient RNA": (LN, AMBIENT),
+    "raw among rounded ln": (COUNTS, ROUNDED),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+@pytest.mark.parametrize("n_odd", [1, 3])
+def test_a_few_cells_on_another_scale_are_refused_with_their_number_wherever_they_are(name, n_odd):
+    """Cell 12 has the most counts, cells 20 and 40 some."""
+    odd, most = ODD[name]
+    values = most.copy().tolil()
+    cells = [12, 20, 40][:n_odd]
+    values[cells] = odd[cells]
+    with pytest.raises(SourceError) as caught:
+        recognise(values.tocsr(), "X")
+    what = recognise(most, "X").what
+    assert f": cells on different scales, {n_odd} of 60 on another than the others ({what}), where all" in str(
+        caught.value
+    )
+    # not among those looked at
+    scale = recognise(most, "X of my.h5ad")
+    with pytest.raises(SourceError) as caught:
+        scale.to_counts(sparse.csr_array(values))
+    assert str(caught.value) == (
+        f"X of my.h5ad: {n_odd} of 60 cells read together are on another scale than those looked at first, {what}; "
+        "give one matrix in which all cells are on one scale"
+    )
+
+
+@pytest.mark.parametrize("most", [LN, ROUNDED, LN_TPM], ids=["ln", "rounded", "TPM"])
+def test_one_value_that_is_no_logarithm_does_not_make_counts_of_all(most):
+    with pytest.raises(SourceError, match=r"scales, 1 of 60 on another than the others \(ln\(1 \+ x\) of"):
+        recognise(with_one_value(most, 30), "X")
+
+
+@pytest.mark.parametrize("kind", ["no", "raw", "rounded"])
+def test_cells_with_too_few_values_to_tell_are_taken(kind):
+    few = np.zeros((4, N_GENES), np.float32)
+    few[0, 3], few[1, 5:9] = 5, 5  # the same value in all genes: up to a factor, any scale will do
+    few[2, [1, 4]], few[3, [2, 6]] = [9, 10], [11, 12]  # no small multiples of the smallest
+    few = sparse.csr_array(few)
+    odd = {"no": by_scanpy(few), "raw": few[:2], "rounded": changed(by_scanpy(few), lambda x: x.round(3))}[kind]
+    values = stacked(ROUNDED if kind == "rounded" else LN, odd)
+    counts = recognise(values, "X").to_counts(values).toarray()
+    np.testing.assert_array_equal(counts[:N_CELLS], COUNTS.toarray())
+    largest = counts[N_CELLS:].max(axis=1, keepdims=True)
+    expected = few.toarray()[: len(largest)]
+    np.testing.assert_allclose(counts[N_CELLS:] / largest, expected / expected.max(axis=1, keepdims=True), rtol=6e-3)
+
+
+def test_a_cell_that_could_be_on_another_scale_by_accident_is_taken():
+    pair = np.zeros((1, N_GENES), np.float32)
+    pair[0, 1], pair[0, 4:14] = 1.2345, 2.469  # twice as much; without the logarithm 4.437 times, no simple fraction
+    values = stacked(LN, sparse.csr_array(pair))
+    counts = recognise(values, "X").to_counts(values)
+    np.testing.assert_allclose(counts[[N_CELLS]].toarray(), np.expm1(pair), rtol=1e-6)
+
+
+def test_whole_numbers_among_logarithms_are_refused_even_where_any_would_be_multiples():
+    raw = np.zeros((1, N_GENES), np.float32)
+    raw[0, :3] = 1, 12, 15  # exp(12) is so many times exp(1) that it is as near to a multiple as float32 can tell
+    with pytest.raises(SourceError, match="1 of 61 on another"):
+        recognise(stacked(LN, sparse.csr_array(raw)), "X")
+
+
+def test_a_cell_on_another_scale_is_found_where_one_value_alone_is_the_unit():
+    counts = 20 + np.arange(N_GENES, dtype=np.float32)[None] % 37
+    counts[0, 203] = 1  # of 20 and more nothing tells of which they are multiples
+    values = stacked(LN, changed(sparse.csr_array(counts), lambda x: np.log2(1 + 1.7 * x)))
+    with pytest.raises(SourceError, match="1 of 61 on another"):
+        recognise(values, "X")
+
+
+def test_raw_counts_among_scaled_ones_are_their_multiples_too():
+    values = stacked(COUNTS[:10], SCALED[10:])
+    np.testing.assert_array_equal(recognise(values, "X").to_counts(values).toarray(), COUNTS.toarray())
+
+
+def test_zeros_and_ones_are_not_called_counts():
+    scale = recognise(sparse.csr_array((COUNTS > 0).astype(np.float32)), "X")
+    assert scale.words == "zeros and ones, which say what is expressed and not how much"
+
+
+def test_values_of_scanpys_own_cells_rounded_to_3_decimals_are_taken():
+    values = sparse.csr_array(scanpy.datasets.pbmc68k_reduced().raw.X)
+    scale = recognise(values, "raw")
+    assert (scale.kind, scale.bases, scale.step) == ("multiples", (np.e,), 0.001)
+    assert (scale.to_counts(values).data >= 1).all()
+
+
 def test_the_base_that_a_file_states_is_taken_where_values_do_not_tell_and_only_there():
     few = sparse.csr_array(np.log2(1 + np.array([[0, 1.7, 0], [2.9, 0, 0], [0, 3.3, 0]], np.float32)))
-    with pytest.raises(SourceError, match="X: not whole numbers"):
-        recognise(few, "X")
+    for none in (None, 1.0):
+        with pytest.raises(SourceError, match="X: not whole numbers"):
+            recognise(few, "X", none)
     scale = recognise(few, "X", 2.0)
     assert scale.what == "log2(1 + x) of values, as the file states"
     np.testing.assert_allclose(scale.to_counts(few).toarray(), [[0, 1.7, 0], [2.9, 0, 0], [0, 3.3, 0]], rtol=1e-6)
@@ -226,14 +363,10 @@ def test_cells_that_cannot_be_on_the_scale_are_refused_with_their_number():
     for scale in (logarithms, counts):
         with pytest.raises(SourceError, match=f"^{scale.where}: 2 values are negative or not finite \\(first: -1\\)"):
             scale.to_counts(sparse.csr_array([[1, -1.0], [0, np.nan]]))
-    with pytest.raises(
-        SourceError, match=r"^X of my.h5ad: values up to 5000, where .* are ln\(1 \+ x\); give one matrix"
-    ):
-        logarithms.to_counts(sparse.csr_array([[1.0, 5000]]))
-    with pytest.raises(
-        SourceError, match=r"^raw of b: 1 values are not whole numbers, where .* are raw; give one matrix"
-    ):
-        counts.to_counts(sparse.csr_array([[1.0, 2.5]]))
+    with pytest.raises(SourceError, match=r"^X of my.h5ad: 1 of 2 cells .*first, ln\(1 \+ x\); give one matrix"):
+        logarithms.to_counts(sparse.csr_array([[1.0, 5000], [0, 1]]))
+    with pytest.raises(SourceError, match=r"^raw of b: 2 of 3 cells .* first, raw; give one matrix"):
+        counts.to_counts(sparse.csr_array([[1.0, 2.5], [3, 0], [0.5, 0.5]]))
 
 
 @pytest.mark.parametrize(
