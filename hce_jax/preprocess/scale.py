@@ -387,16 +387,13 @@ class _Seen:
 
     @property
     def too_large_for_logarithms(self) -> bool:
-        """Whether the values of most cells are: those of all the cells that are not whole, by their largest values.
+        """Whether the values of most cells are, by the largest of each.
 
         The largest logarithms of two cells differ little, while largest counts differ as the sizes of the cells do, so
         some of them may be small.
         """
-        highest = self.highest_n[~_are_whole(self.values, self.lengths_n)]
-        if not len(highest):
-            return False
-        middle, nearly_largest = np.quantile(highest, [0.5, 1 - _HARDLY_ANY])
-        differ = np.median(np.abs(highest - middle)) > _LOGARITHMS_DIFFER
+        middle, nearly_largest = np.quantile(self.highest_n, [0.5, 1 - _HARDLY_ANY])
+        differ = np.median(np.abs(self.highest_n - middle)) > _LOGARITHMS_DIFFER
         return bool(middle >= LARGEST_LOGARITHM or (nearly_largest >= LARGEST_LOGARITHM and differ))
 
     def undoable(self, bases: tuple[float, ...]) -> np.ndarray:

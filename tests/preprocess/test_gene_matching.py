@@ -121,8 +121,9 @@ def test_what_finds_most_different_genes_is_taken():
         pd.DataFrame({"feature_types": ["Gene Expression"] * 3 + ["Antibody Capture"]}, [*IDS[:2], "other", "CD4"]),
         pd.DataFrame(index=[f"GRCh38_{NAMES[0]}", f"GRCh38_{NAMES[1]}", "GRCh38_other", "mm10_Cd4"]),
         pd.DataFrame({"gene_ids": [*IDS[:2], "", "mm10_x"]}, ["a", "b", "other", "d"]),
+        pd.DataFrame({"gene_ids": [*IDS[:2], "", "x"]}, ["a", "b", "other", "mm10_Cd4"]),
     ],
-    ids=["antibodies", "another genome in the index", "another genome in a column"],
+    ids=["antibodies", "another genome among symbols", "another genome in a column", "another genome in the index"],
 )
 def test_only_genes_of_our_species_are_in_the_share_of_counts(var):
     counts = sparse.csr_array(np.array([[3, 0, 1, 96], [1, 1, 2, 0], [0, 0, 0, 7], [0, 0, 0, 0]], np.float32))
