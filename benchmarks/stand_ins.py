@@ -18,7 +18,7 @@ from typing import Any
 PACKAGES = (
     "absl", "anndata", "cellxgene_census", "cellxgene_ontology_guide", "celltypist", "grain", "h5py", "jaxtyping",
     "matplotlib", "ml_collections", "numba", "obonet", "orbax", "pandas", "psutil", "pyarrow", "sklearn",
-    "tensorboardX", "threadpoolctl", "tiledbsoma", "tqdm", "xxhash", "yaml",
+    "tensorboardX", "threadpoolctl", "tiledbsoma", "tqdm", "xxhash", "yaml", "zarr",
 )  # fmt: skip
 
 

@@ -109,6 +109,11 @@ def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the modules that take longest, of training, so that of several workers none has to wait at the end."""
+    items.sort(key=lambda item: "training" not in item.path.parts)
+
+
 @pytest.fixture(autouse=True)
 def compiled_as_for_users(request: pytest.FixtureRequest) -> Iterator[None]:
     """Have golden tests compiled with all optimisations: their tolerances were measured so."""
