@@ -81,8 +81,9 @@ def get_config() -> ConfigDict:
     config.early_stopping_patience = 10
     # Seed of the initial weights, dropout and augmentation.
     config.seed = 1
-    # Several seeds, and several losses out of 'ce' and 'hce': one model of each, trained together on the same cells and
-    # left as runs of their own, in place of the one of `seed` and `use_hierarchical_loss`.
+    # Several seeds, and several losses out of 'ce', 'hce' and 'exact' (hce with an epsilon of 0): one model of each,
+    # trained together on the same cells and left as runs of their own, in place of the one of `seed` and
+    # `use_hierarchical_loss`.
     config.seeds = ()
     config.losses = ()
 

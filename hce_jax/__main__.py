@@ -13,7 +13,17 @@ from typing import NoReturn
 
 from hce_jax import command
 from hce_jax.errors import ConfigError
-from hce_jax.verbs import annotate, build_store, convert, find_lr, import_torch, new_studies, ontology
+from hce_jax.verbs import (
+    annotate,
+    build_store,
+    compare,
+    convert,
+    find_lr,
+    import_torch,
+    new_studies,
+    ontology,
+    reproduce,
+)
 
 #: How a flag begins that changes a field of the configuration.
 _CHANGE = "--config."
@@ -35,7 +45,9 @@ VERBS = {
     "new-studies": new_studies,
     "ontology": ontology,
     "find-lr": find_lr,
+    "compare": compare,
     "import-torch": import_torch,
+    "reproduce": reproduce,
 }
 
 

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = (
     "overall_metrics.csv per_class_metrics.csv per_assay_metrics.csv per_dataset_metrics.csv per_disease_metrics.csv "
     "per_tissue_metrics.csv per_tissue_general_metrics.csv hierarchical_metrics.csv calibration.csv calibration.png "
-    "confusion_ontology.png performance_plot.png"
+    "confusion_ontology.png performance_plot.png counts.npz"
 ).split()
 FAST = ("--config.batch_size=30", "--config.max_epochs=2", "--config.learning_rate=0.05")
 

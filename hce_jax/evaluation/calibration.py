@@ -33,6 +33,10 @@ that is more:
     s^2 = \max\left(\frac{p (1 - p)}{T},\ \frac{U}{U - 1} \sum_u \frac{(W_u - p\, T_u)^2}{T^2}\right)
 
 A single donor counts as two that are alike.
+
+From the same cells comes the temperature at which the model's probabilities are most likely
+(:mod:`hce_jax.evaluation.temperature`). It changes neither labels nor promises: evaluations say what it does to the
+confidence of ``argmax``.
 """
 
 import dataclasses
@@ -52,6 +56,7 @@ from hce_jax.errors import CheckpointError, ConfigError, StoreError
 from hce_jax.evaluation.cells import Cells, StoreCells
 from hce_jax.evaluation.decoders import ROUNDING, shares
 from hce_jax.evaluation.predict import Classifier, classified
+from hce_jax.evaluation.temperature import TEMPERATURES, TemperatureFit
 from hce_jax.files import written_aside
 from hce_jax.hierarchy import depths, propagate
 from hce_jax.predictor import Ensemble, Predictor
@@ -69,7 +74,7 @@ Unit = Literal["donor", "study"]
 #: Cells that are read for a calibration, at most; how sure it is hangs on how many donors there are.
 MOST_CELLS = 50_000
 
-_FORMAT_VERSION = 1
+_FORMAT_VERSION = 2
 #: What the confidence of a promise is chosen from, log-odds in steps of 0.05 up to 99.97 %. From one half: a label that
 #: is more likely wrong than right is never given, and where labels are coarse its error would not be seen.
 _CONFIDENCES = expit(np.arange(161) / 20)
@@ -131,12 +136,14 @@ class Calibration:
     n_candidates, n_told
         For each type the cells whose candidate it was with a confidence of one half or more, and how many of these
         had a label that tells whether it is right (c,).
+    temperature
+        T of these cells, in [0.05, 20].
 
     Examples
     --------
     >>> curves = np.array([[0.0, 1.0], [-2.0, 1.0]])  # labels of depth 1 are less often right than the mass says
     >>> promise, counts = (np.array([0.05]), np.array([0.9])), (np.array([265, 300]), np.array([65, 290]))
-    >>> calibration = Calibration("cells", 5000, "donor", 12, (), "", *promise, curves, *counts)
+    >>> calibration = Calibration("cells", 5000, "donor", 12, (), "", *promise, curves, *counts, 1.0)
     >>> calibration.confidence(np.array([0.9, 0.9]), np.array([0, 1])).round(3)
     array([0.9  , 0.549], dtype=float32)
     >>> calibration.thresholds_at(0.05).round(3).tolist()
@@ -156,6 +163,7 @@ class Calibration:
     curves: Float[np.ndarray, "d 2"]
     n_candidates: Int[np.ndarray, " c"]
     n_told: Int[np.ndarray, " c"]
+    temperature: float
 
     @property
     def hardly_judged(self) -> Bool[np.ndarray, " c"]:
@@ -248,11 +256,16 @@ class Calibration:
         Raises
         ------
         CheckpointError
-            If it cannot be read, is damaged, or is of other types or another hierarchy.
+            If it cannot be read, is damaged, is of another version of this format, or of other types or another
+            hierarchy.
         """
         remedy = "make it anew: python evaluate.py --calibrate_on val --checkpoint CKPT"
         try:
-            found = cls._of(json.loads(path.read_text()))
+            fields = json.loads(path.read_text())
+            if isinstance(fields, dict) and fields.get("format_version", _FORMAT_VERSION) != _FORMAT_VERSION:
+                version = json.dumps(fields["format_version"])
+                raise CheckpointError(f"{path} is of format version {version:.20}, not {_FORMAT_VERSION}; {remedy}")
+            found = cls._of(fields)
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read ({error.strerror}); {remedy}") from error
         except (ValueError, OverflowError) as error:  # of JSON, ours, or of numbers beyond all bounds
@@ -273,9 +286,7 @@ class Calibration:
         given = {name: fields[name] for name in names}
         given["confidences"] = [math.inf if each is None else each for each in _list(given, "confidences")]
         given |= {name: _numbers(given, name, n_axes) for name, n_axes in _AXES.items()}
-        if unsound := [
-            name for name, is_it in _sound(given | {"format_version": fields["format_version"]}) if not is_it
-        ]:
+        if unsound := [name for name, is_it in _sound(given) if not is_it]:
             raise ValueError(f"its {unsound[0]} cannot be {json.dumps(fields[unsound[0]]):.60}")
         return cls(**given | {"studies": tuple(given["studies"])})
 
@@ -285,7 +296,6 @@ def _sound(given: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
     n_cells, n_units = given["n_cells"], given["n_units"]
     errors, confidences, curves = given["max_errors"], given["confidences"], given["curves"]
     n_candidates, n_told = given["n_candidates"], given["n_told"]
-    yield "format_version", given["format_version"] == _FORMAT_VERSION
     yield from ((name, isinstance(given[name], str)) for name in ("title", "types"))
     yield "unit", given["unit"] in ("donor", "study")
     yield "n_cells", type(n_cells) is int and n_cells > 0  # truth values are of another type
@@ -297,6 +307,8 @@ def _sound(given: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
     yield "curves", curves.shape[1] == 2 and bool((np.isfinite(curves) & (curves >= (-math.inf, 0))).all())
     yield "n_candidates", bool((n_candidates >= 0).all())
     yield "n_told", n_told.shape == n_candidates.shape and bool(((n_told >= 0) & (n_told <= n_candidates)).all())
+    temperature, (lowest, highest) = given["temperature"], TEMPERATURES
+    yield "temperature", type(temperature) in (int, float) and lowest <= temperature <= highest
 
 
 def _list(fields: Mapping[str, Any], name: str) -> list[Any]:
@@ -380,7 +392,9 @@ def keep(calibration: Calibration, path: Path) -> None:
 
 
 def calibrate(cells: Cells, classifier: Classifier, unit: Unit, batch_size: int = 2048) -> Calibration:
-    """Learn confidence and its promises from labelled cells.
+    """Learn confidence, its promises and the temperature from labelled cells.
+
+    A temperature at an end of its range is said on stderr.
 
     Parameters
     ----------
@@ -413,7 +427,12 @@ def calibrate(cells: Cells, classifier: Classifier, unit: Unit, batch_size: int 
     if not cells.n_cells:
         raise StoreError(f"{cells.title} holds no cells, so there is nothing to calibrate on; choose other cells")
     read = _SomeBlocks(cells)
-    observed = _observe(read, classifier, unit, batch_size)
+    fit = TemperatureFit(cells.side.reachability)
+    observed = _observe(read, classifier, unit, batch_size, fit)
+    temperature = fit.temperature()
+    if temperature in TEMPERATURES:
+        surer = "the surer the more likely, as where all cells are right" if temperature < 1 else "none is flat enough"
+        print(f"{classifier.title}: T = {temperature:g}, the end of the range: {surer}", file=sys.stderr)
     curves = np.stack([_curve(observed, depth) for depth in range(observed.mass.shape[1])])
     n_candidates, n_told = _told(observed, curves, cells.side.n_types)
     return Calibration(
@@ -428,6 +447,7 @@ def calibrate(cells: Cells, classifier: Classifier, unit: Unit, batch_size: int 
         curves=curves,
         n_candidates=n_candidates,
         n_told=n_told,
+        temperature=temperature,
     )
 
 
@@ -477,16 +497,19 @@ def verdicts(
     return np.where(predictions < 0, np.int8(UNTOLD), verdict_cc[labels[:, None], predictions])
 
 
-def _observe(cells: Cells, classifier: Classifier, unit: Unit, batch_size: int) -> Candidates:
+def _observe(cells: Cells, classifier: Classifier, unit: Unit, batch_size: int, fit: TemperatureFit) -> Candidates:
+    """Have the cells classified, and their probabilities collected for the temperature."""
     reach = cells.side.reachability
     depth_c, parts = depths(reach), []
     for block, (probabilities,) in classified(cells, [classifier], batch_size):
-        mass_nc = propagate(shares(probabilities), np.asarray(reach, np.float32))
+        share_nc, labels_n = shares(probabilities), block.column(LABEL_COLUMN)
+        fit.add(share_nc, labels_n)
+        mass_nc = propagate(share_nc, np.asarray(reach, np.float32))
         code_nd = candidates(mass_nc, depth_c)
         mass_nd = np.where(code_nd < 0, np.float32(0), np.take_along_axis(mass_nc, code_nd, axis=1))
         # Donors of the same name in two studies are one: often they are, and else the promise is only more careful.
         unit_n = block.column("donor_id" if unit == "donor" else "dataset_id")
-        parts.append(Candidates(code_nd, mass_nd, verdicts(block.column(LABEL_COLUMN), code_nd, reach), unit_n))
+        parts.append(Candidates(code_nd, mass_nd, verdicts(labels_n, code_nd, reach), unit_n))
     code, mass, verdict, units = map(np.concatenate, zip(*parts, strict=True))
     return Candidates(code, mass, verdict, np.unique(units, return_inverse=True)[1])
 

@@ -7,17 +7,22 @@ with any checkpoint. Codes are those of the C types; :data:`UNASSIGNED` says tha
 from __future__ import annotations
 
 import dataclasses
+import math
 from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float, Int
 
 from hce_jax.errors import CheckpointError, ConfigError
+from hce_jax.evaluation.temperature import tempered
 from hce_jax.hierarchy import depths, ontology_distances, propagate
-from hce_jax.typing import Float, Int
 
 #: Names of the decoders; the first is the published one.
 DECODERS = ("argmax", BACKOFF := "backoff", "min-distance")
+
+#: Name of argmax with the confidence of tempered probabilities. It predicts nothing of its own: no flag asks for it.
+TEMPERATURE = "temperature"
 
 #: The code of no type at all.
 UNASSIGNED = -1
@@ -88,6 +93,9 @@ class Decoders:
     m and the expected distance are computed; ``argmax`` takes them as they are. Where all of them are 0, ``argmax`` and
     ``min-distance`` give type 0 with confidence 0.
 
+    Where a temperature is known, there is also ``temperature``: the types of ``argmax``, with the mass of their subtrees
+    once p is tempered (:func:`hce_jax.evaluation.temperature.tempered`).
+
     Attributes
     ----------
     reachability
@@ -96,11 +104,13 @@ class Decoders:
         The mass that ``backoff`` asks for, in (0, 1]: of every type, or by depth (n_depths,), where infinity says that
         no type of that depth is given (:meth:`hce_jax.evaluation.calibration.Calibration.thresholds_at`). Float32 sums
         are allowed to fall short of it by 1e-6.
+    temperature
+        T of ``temperature``; None: it is left out.
 
     Raises
     ------
     ConfigError
-        If the confidence is not in (0, 1], or not one for each depth.
+        If the confidence is not in (0, 1], or not one for each depth; or the temperature is not above 0.
 
     Examples
     --------
@@ -113,8 +123,11 @@ class Decoders:
 
     reachability: np.ndarray
     confidence: float | Float[np.ndarray, " d"] = 0.5
+    temperature: float | None = None
 
     def __post_init__(self) -> None:
+        if self.temperature is not None and not 0 < self.temperature < math.inf:
+            raise ConfigError(f"the temperature is {self.temperature}; it lies above 0, and 1 changes nothing")
         if isinstance(self.confidence, np.ndarray):
             n_depths = int(self._depths.max()) + 1
             if self.confidence.shape != (n_depths,) or not (self.confidence > 0).all():
@@ -128,13 +141,18 @@ class Decoders:
                 f"is at most 1; give for example --confidence=0.5"
             )
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The decoders of :meth:`decode_all`: the :data:`DECODERS`, and ``temperature`` where T is known."""
+        return DECODERS if self.temperature is None else (*DECODERS, TEMPERATURE)
+
     def decode(self, name: str, probabilities: Float[np.ndarray, "n c"]) -> Decoded:
         """Predict the types of n cells with one decoder.
 
         Parameters
         ----------
         name
-            One of :data:`DECODERS`.
+            One of :attr:`names`.
         probabilities
             Rows of cells, not negative.
 
@@ -150,12 +168,12 @@ class Decoders:
         >>> Decoders(np.eye(2)).decode("argmax", np.array([[0.25, 0.75]], np.float32)).confidence.tolist()
         [0.75]
         """
-        if name not in DECODERS:
-            raise ConfigError(f"--decoder={name}: there is no such decoder; give one of {', '.join(DECODERS)}")
+        if name not in self.names:
+            raise ConfigError(f"--decoder={name}: there is no such decoder; give one of {', '.join(self.names)}")
         return self._decode((name,), probabilities)[name]
 
     def decode_all(self, probabilities: Float[np.ndarray, "n c"]) -> dict[str, Decoded]:
-        """Predict the types of n cells with every decoder, in the order of :data:`DECODERS`, sharing the work.
+        """Predict the types of n cells with every decoder, in the order of :attr:`names`, sharing the work.
 
         Parameters and errors as :meth:`decode`.
 
@@ -164,7 +182,7 @@ class Decoders:
         >>> list(Decoders(np.eye(2)).decode_all(np.array([[0.25, 0.75]], np.float32)))
         ['argmax', 'backoff', 'min-distance']
         """
-        return self._decode(DECODERS, probabilities)
+        return self._decode(self.names, probabilities)
 
     def _decode(self, names: tuple[str, ...], probabilities_nc: Float[np.ndarray, "n c"]) -> dict[str, Decoded]:
         share_nc = shares(probabilities_nc)
@@ -173,11 +191,16 @@ class Decoders:
             "argmax": lambda: probabilities_nc.argmax(axis=1),
             "backoff": lambda: self._deepest(mass_nc),
             "min-distance": lambda: self._nearest(share_nc),
+            TEMPERATURE: lambda: probabilities_nc.argmax(axis=1),
         }
         decoded = {}
         for name in names:
             codes_n = choose[name]()
-            confidence_n = np.clip(mass_nc[np.arange(len(codes_n)), codes_n], 0, 1)
+            if name == TEMPERATURE and self.temperature is not None:
+                mass_n = np.einsum("nc,nc->n", self._reachability[codes_n], tempered(share_nc, self.temperature))
+            else:
+                mass_n = mass_nc[np.arange(len(codes_n)), codes_n]
+            confidence_n = np.clip(mass_n, 0, 1)
             decoded[name] = Decoded(codes_n, np.where(codes_n == UNASSIGNED, np.float32(0), confidence_n))
         return decoded
 

@@ -12,6 +12,7 @@ import numpy as np
 from hce_jax.errors import StoreError
 from hce_jax.evaluation.calibration import Calibration
 from hce_jax.evaluation.cells import Cells
+from hce_jax.evaluation.counts import Counts, DecoderCounts, counts_path
 from hce_jax.evaluation.decoders import DECODERS, Decoded, Decoders
 from hce_jax.evaluation.detailed import DetailedResults
 from hce_jax.evaluation.hierarchical import coverage_curve, expected_calibration_error
@@ -21,7 +22,10 @@ from hce_jax.evaluation.reports import RULES, Reports, decoder_name, make_report
 from hce_jax.evaluation.tally import GROUP_COLUMNS, Tally
 from hce_jax.files import written_together
 from hce_jax.store import LABEL_COLUMN, Block
+from hce_jax.store.work_folder import named_in_errors
 
+#: Column of the studies, whose cells resemble each other.
+STUDY = "dataset_id"
 DETAILED_FILE = "{}_detailed_results.parquet"
 
 
@@ -38,7 +42,8 @@ class Settings:
     confidence
         Mass that back-off asks for, of a job without a calibration.
     max_error
-        Error that back-off promises, of a job with one.
+        Error that back-off promises, of a job with one; None: it goes by ``confidence`` there too, and only the
+        temperature of the calibration is used.
     batch_size
         Cells computed at a time.
     detailed
@@ -50,18 +55,23 @@ class Settings:
     split: str
     decoder: str = DECODERS[0]
     confidence: float = 0.5
-    max_error: float = 0.05
+    max_error: float | None = 0.05
     batch_size: int = 2048
     detailed: bool = False
     subset_labels: np.ndarray | None = None
 
 
 class Job(NamedTuple):
-    """A classifier, the folder of its results, and what back-off then goes by: its calibration, if it has one."""
+    """A classifier, the folder of its results, and its calibration, if it has one: thresholds and temperature."""
 
     classifier: Classifier
     folder: Path
     calibration: Calibration | None = None
+
+    @property
+    def temperature(self) -> float | None:
+        """T of the calibration."""
+        return None if self.calibration is None else self.calibration.temperature
 
 
 class Result(NamedTuple):
@@ -116,7 +126,7 @@ def evaluate(cells: Cells, jobs: Sequence[Job], settings: Settings) -> list[Resu
         raise StoreError(f"{cells.title} holds no cells, so there is nothing to report on; choose another")
     decoders = [_decoders(cells, job, settings) for job in jobs]
     n_groups = {column: len(cells.lookups[column]) for column in GROUP_COLUMNS}
-    tallies = [{name: Tally(cells.side.reachability, n_groups) for name in DECODERS} for _ in jobs]
+    tallies = [{name: Tally(cells.side.reachability, n_groups) for name in each.names} for each in decoders]
     with ExitStack() as stack:
         # A place that cannot be written is found before the work; all files appear together, after it.
         asides = [job._replace(folder=stack.enter_context(written_together(job.folder))) for job in jobs]
@@ -131,6 +141,7 @@ def evaluate(cells: Cells, jobs: Sequence[Job], settings: Settings) -> list[Resu
         ]
         for aside, result in zip(asides, results, strict=True):
             _write(aside, result, cells, settings)
+            _write_counts(aside, result.tallies, cells, settings)
         written = [{path.name for path in aside.folder.iterdir()} for aside in asides]
     for job, result, names in zip(jobs, results, written, strict=True):
         _remove_older(job, result, names)
@@ -138,20 +149,29 @@ def evaluate(cells: Cells, jobs: Sequence[Job], settings: Settings) -> list[Resu
 
 
 def _decoders(cells: Cells, job: Job, settings: Settings) -> Decoders:
-    calibrated = None if job.calibration is None else job.calibration.thresholds_at(settings.max_error)
-    return Decoders(cells.side.reachability, settings.confidence if calibrated is None else calibrated)
+    promises = job.calibration is not None and settings.max_error is not None
+    threshold = job.calibration.thresholds_at(settings.max_error) if promises else settings.confidence
+    return Decoders(cells.side.reachability, threshold, job.temperature)
 
 
 def _reports(tallies: dict[str, Tally], cells: Cells, job: Job, settings: Settings) -> Reports:
     rule = RULES[settings.split]
     return make_reports(
-        tallies, settings.decoder, rule, cells.lookups, settings.subset_labels, backoff=_asks_for(job, settings)
+        tallies,
+        settings.decoder,
+        rule,
+        cells.lookups,
+        settings.subset_labels,
+        backoff=_asks_for(job, settings),
+        temperature=job.temperature,
     )
 
 
 def _asks_for(job: Job, settings: Settings) -> dict[str, float]:
     """Return what back-off asks for, by the name of its column."""
-    return {"confidence": settings.confidence} if job.calibration is None else {"max_error": settings.max_error}
+    if job.calibration is None or settings.max_error is None:
+        return {"confidence": settings.confidence}
+    return {"max_error": settings.max_error}
 
 
 def _decoded(
@@ -202,6 +222,27 @@ def _write(job: Job, result: Result, cells: Cells, settings: Settings) -> None:
         job.folder / f"{name}_calibration.png",
         title.format("confidence and accuracy"),
     )
+
+
+def _write_counts(job: Job, tallies: dict[str, Tally], cells: Cells, settings: Settings) -> None:
+    has_cells = tallies[DECODERS[0]].groups[STUDY][:, 2].any(axis=1)
+    side = cells.side
+    counts = Counts(
+        split=settings.split,
+        title=cells.title,
+        labels=side.labels,
+        cl_ids=side.cl_ids or (None,) * side.n_types,
+        reachability=side.reachability,
+        studies=tuple(name for name, has in zip(cells.lookups[STUDY], has_cells, strict=True) if has),
+        decoders={
+            name: DecoderCounts(each.confusion, each.groups[STUDY][has_cells], each.calibration)
+            for name, each in tallies.items()
+        },
+        backoff=_asks_for(job, settings),
+        temperature=job.temperature,
+    )
+    with named_in_errors(counts_path(job.folder, job.classifier.model_type)) as path:
+        counts.write(path)
 
 
 def _remove_older(job: Job, result: Result, written: Collection[str]) -> None:

@@ -12,7 +12,7 @@ A ratio over no cells at all is NaN, but for precision, recall and F, which are 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pandas as pd
@@ -144,20 +144,48 @@ def bootstrap_f1_macro(
     (0.0, 1.0)
     """
     counts = group_counts[group_counts[:, 2].any(axis=1)]
-    n_groups, _, n_types = counts.shape
-    if n_groups < 2:
+    if len(counts) < 2:
         return np.nan, np.nan
+    scores = [
+        f1_from_counts(resampled, labelled_only=labelled_only)
+        for resampled in resampled_counts(counts, n_resamples, seed)
+    ]
+    low, high = np.percentile(np.concatenate(scores), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def resampled_counts(
+    group_counts: Int[np.ndarray, "r 3 c"], n_resamples: int = RESAMPLES, seed: int = 0
+) -> Iterator[Int[np.ndarray, "3 k c"]]:
+    """Give the added-up counts of groups that are drawn with replacement, as many as there are.
+
+    Parameters
+    ----------
+    group_counts
+        Counts of each group. The draws hang on the number of groups and the seed alone: counts of the same groups by
+        several models are resampled alike.
+    n_resamples, seed
+        Number of resamples, and the seed of their draws.
+
+    Yields
+    ------
+    Some resamples at a time: their counts, in the order that :func:`hce_jax.metrics.f1_from_counts` takes.
+
+    Examples
+    --------
+    >>> [counts] = resampled_counts(np.array([[[1, 1], [1, 1], [1, 1]]]), n_resamples=5)
+    >>> counts.shape, counts.min(), counts.max()
+    ((3, 5, 2), np.int64(1), np.int64(1))
+    """
+    n_groups, _, n_types = group_counts.shape
     rng = np.random.default_rng(seed)
-    flat = counts.reshape(n_groups, -1).astype(np.float64)  # exact up to 2**53 cells, and BLAS multiplies it
-    scores = []
+    flat = group_counts.reshape(n_groups, -1).astype(np.float64)  # exact up to 2**53 cells, and BLAS multiplies it
     for start in range(0, n_resamples, RESAMPLES_AT_ONCE):
         n_rows = min(RESAMPLES_AT_ONCE, n_resamples - start)
         draws = rng.integers(n_groups, size=(n_rows, n_groups)) + n_groups * np.arange(n_rows)[:, None]
         times = np.bincount(draws.ravel(), minlength=n_rows * n_groups).reshape(n_rows, n_groups)
         resampled = (times.astype(np.float64) @ flat).reshape(n_rows, 3, n_types).astype(np.int64)
-        scores.append(f1_from_counts(resampled.swapaxes(0, 1), labelled_only=labelled_only))
-    low, high = np.percentile(np.concatenate(scores), [2.5, 97.5])
-    return float(low), float(high)
+        yield resampled.swapaxes(0, 1)
 
 
 def calibration_table(calibration: Float[np.ndarray, "k 3"]) -> pd.DataFrame:

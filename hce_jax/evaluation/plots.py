@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,40 +9,33 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
 from matplotlib.collections import PatchCollection
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 
-from hce_jax.files import written_aside
+from hce_jax.figure_style import GREY, GRID_COLOUR, MARGIN_SIDE, axes_at, lines, new_figure, save, widest
 from hce_jax.hierarchy import tree_order
-from hce_jax.store.work_folder import named_in_errors
 from hce_jax.typing import Float, Int
 
 BAR_COLOUR = "#3b6fa0"
 GAP_COLOUR = "#d98c5f"
 FRAME_COLOUR = "#c0562b"
-GRID_COLOUR = "#dddddd"
-GREY = "#767676"
 COUNTS_TITLE = "cells"
 
 # Points.
-TITLE_SIZE, NAME_SIZE, SMALL_SIZE = 10, 8, 7
+NAME_SIZE, SMALL_SIZE = 8.0, 7.0
 
 # Inches. A row is high enough for its name (8 points are 0.11, 7 are 0.10), so that every name can be read however many
 # types there are; the names' column is as wide as the widest name.
 ROW_HEIGHT = 0.165
 BARS_WIDTH = 5.0
 SCORE_WIDTH, COUNTS_GAP = 0.35, 0.12
-MARGIN_BOTTOM, MARGIN_SIDE, TICKS_ABOVE = 0.45, 0.15, 0.46
-TITLE_TOP, TITLE_LINE = 0.12, 0.17
+MARGIN_BOTTOM, TICKS_ABOVE = 0.45, 0.46
 TICK_ROOM = 0.09
 LEAST_SQUARE, LARGEST_SQUARE, MATRIX_WIDTH = 0.125, 0.3, 5.0
 BAND_HEIGHT, CAPTION_LINE, LEAST_CAPTION_WIDTH = 0.6, 0.14, 4.5
-DOTS_PER_INCH = 150
 
 
 def performance_plot(per_type: pd.DataFrame, type_labels: Sequence[str], path: str | Path, title: str) -> None:
@@ -92,7 +84,7 @@ def performance_plot(per_type: pd.DataFrame, type_labels: Sequence[str], path: s
     axes.axvline(mean, color="black", linewidth=0.8, linestyle="--")
     types = "type" if labelled.sum() == 1 else "types"
     axes.set_xlabel(f"F1 (dashed: mean over the {int(labelled.sum())} labelled {types}, {mean:.3f})", fontsize=8)
-    _save(figure, path)
+    save(figure, path)
 
 
 def calibration_plot(
@@ -133,10 +125,10 @@ def calibration_plot(
     ['plot.png']
     """
     width, side, below, between = 9.1, 3.6, 0.9, 0.12
-    figure = _figure(width, MARGIN_BOTTOM + below + between + side + 0.15, title)
-    reliability = _axes(figure, 0.6, MARGIN_BOTTOM + below + between, side, side)
-    histogram = _axes(figure, 0.6, MARGIN_BOTTOM, side, below)
-    curve = _axes(figure, 4.95, MARGIN_BOTTOM, 4.0, below + between + side)
+    figure = new_figure(width, MARGIN_BOTTOM + below + between + side + 0.15, title)
+    reliability = axes_at(figure, 0.6, MARGIN_BOTTOM + below + between, side, side)
+    histogram = axes_at(figure, 0.6, MARGIN_BOTTOM, side, below)
+    curve = axes_at(figure, 4.95, MARGIN_BOTTOM, 4.0, below + between + side)
 
     used = table[table["cells"] > 0]
     reliability.plot([0, 1], [0, 1], color="black", linewidth=0.8, linestyle="--")
@@ -168,7 +160,7 @@ def calibration_plot(
         axes.grid(linewidth=0.4, color=GRID_COLOUR)
         axes.set_axisbelow(True)
         axes.spines[["right", "top"]].set_visible(False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def confusion_plot(
@@ -232,7 +224,7 @@ def confusion_plot(
     _write_counts(figure, axes, counts, COUNTS_GAP)
     figure.colorbar(image, cax=colours, orientation="horizontal", ticks=[0, 0.01, 0.1, 0.25, 0.5, 1], format="%g")
     colours.tick_params(labelsize=SMALL_SIZE)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _frames(right: np.ndarray) -> list[Rectangle]:
@@ -247,10 +239,10 @@ def _frames(right: np.ndarray) -> list[Rectangle]:
 
 def _framed_axes(names: Sequence[str], counts: Sequence[str], title: str) -> tuple[Figure, Axes]:
     """Make a figure whose axes have a fixed height per row and room for the names, whatever their number and length."""
-    names_width, n_rows = _widest(names, NAME_SIZE) + TICK_ROOM, len(names)
+    names_width, n_rows = widest(names, NAME_SIZE) + TICK_ROOM, len(names)
     width = MARGIN_SIDE + names_width + BARS_WIDTH + SCORE_WIDTH + _counts_width(counts) + MARGIN_SIDE
-    figure = _figure(width, MARGIN_BOTTOM + ROW_HEIGHT * n_rows + TICKS_ABOVE, title)
-    axes = _axes(figure, MARGIN_SIDE + names_width, MARGIN_BOTTOM, BARS_WIDTH, ROW_HEIGHT * n_rows)
+    figure = new_figure(width, MARGIN_BOTTOM + ROW_HEIGHT * n_rows + TICKS_ABOVE, title)
+    axes = axes_at(figure, MARGIN_SIDE + names_width, MARGIN_BOTTOM, BARS_WIDTH, ROW_HEIGHT * n_rows)
     axes.set(xlim=(0, 1), ylim=(n_rows - 0.5, -0.5))
     axes.tick_params(axis="y", length=0)
     axes.tick_params(axis="x", labelsize=8, labeltop=True, top=True)
@@ -265,23 +257,23 @@ def _matrix_axes(
 ) -> tuple[Figure, Axes, Axes]:
     """Make axes with a square for each pair of names, and small axes below for what the colours mean."""
     square = min(max(MATRIX_WIDTH / len(column_names), LEAST_SQUARE), LARGEST_SQUARE)
-    left = MARGIN_SIDE + _widest(row_names, SMALL_SIZE) + TICK_ROOM
+    left = MARGIN_SIDE + widest(row_names, SMALL_SIZE) + TICK_ROOM
     matrix_width, matrix_height = square * len(column_names), square * len(row_names)
     needed = left + matrix_width + COUNTS_GAP + _counts_width(counts) + MARGIN_SIDE
     width = max(needed, LEAST_CAPTION_WIDTH + 2 * MARGIN_SIDE)
-    caption = _lines(
+    caption = lines(
         "Each row: the predictions for the cells of one label, as shares of them. "
         "Framed: counts as right, the label itself or below it.",
         SMALL_SIZE,
         width - 2 * MARGIN_SIDE,
     )
     bottom = BAND_HEIGHT + CAPTION_LINE * len(caption)
-    names_height = _widest(column_names, SMALL_SIZE) + TICK_ROOM
-    figure = _figure(width, bottom + matrix_height + names_height + 0.1, title)
+    names_height = widest(column_names, SMALL_SIZE) + TICK_ROOM
+    figure = new_figure(width, bottom + matrix_height + names_height + 0.1, title)
     text: dict[str, Any] = {"va": "bottom", "fontsize": SMALL_SIZE, "color": GREY, "linespacing": 1.25}
     figure.text(MARGIN_SIDE / width, 0.1 / figure.get_figheight(), "\n".join(caption), **text)
 
-    axes = _axes(figure, left, bottom, matrix_width, matrix_height)
+    axes = axes_at(figure, left, bottom, matrix_width, matrix_height)
     axes.xaxis.tick_top()
     axes.set_xticks(range(len(column_names)), column_names, rotation=90, fontsize=SMALL_SIZE, parse_math=False)
     axes.set_yticks(range(len(row_names)), row_names, fontsize=SMALL_SIZE, parse_math=False)
@@ -290,7 +282,7 @@ def _matrix_axes(
     axes.tick_params(length=0, which="both")
     axes.grid(which="minor", linewidth=0.4, color=GRID_COLOUR)
     axes.spines[:].set_color(GRID_COLOUR)
-    return figure, axes, _axes(figure, MARGIN_SIDE + 0.1, bottom - 0.3, 2.5, 0.12)
+    return figure, axes, axes_at(figure, MARGIN_SIDE + 0.1, bottom - 0.3, 2.5, 0.12)
 
 
 def _thousands(numbers: np.ndarray) -> list[str]:
@@ -298,7 +290,7 @@ def _thousands(numbers: np.ndarray) -> list[str]:
 
 
 def _counts_width(counts: Sequence[str]) -> float:
-    return _widest([*counts, COUNTS_TITLE], SMALL_SIZE)
+    return widest([*counts, COUNTS_TITLE], SMALL_SIZE)
 
 
 def _write_counts(figure: Figure, axes: Axes, counts: Sequence[str], gap: float) -> None:
@@ -309,36 +301,3 @@ def _write_counts(figure: Figure, axes: Axes, counts: Sequence[str], gap: float)
     for row, count in enumerate(counts):
         axes.text(right, row, count, transform=axes.get_yaxis_transform(), va="center", **grey)
     axes.annotate(COUNTS_TITLE, (right, 1), (0, 5.5), xycoords="axes fraction", textcoords="offset points", **grey)
-
-
-def _figure(width: float, height: float, title: str) -> Figure:
-    """Make a figure with a title, of as many lines as it needs, above so much space in inches."""
-    lines = _lines(title, TITLE_SIZE, width - 2 * MARGIN_SIDE)
-    figure = Figure(figsize=(width, height + TITLE_TOP + TITLE_LINE * len(lines)), dpi=DOTS_PER_INCH)
-    FigureCanvasAgg(figure)
-    place = MARGIN_SIDE / width, 1 - TITLE_TOP / figure.get_figheight()
-    figure.text(*place, "\n".join(lines), va="top", fontsize=TITLE_SIZE, parse_math=False)
-    return figure
-
-
-def _axes(figure: Figure, left: float, bottom: float, width: float, height: float) -> Axes:
-    """Add axes at a place in inches."""
-    across, up = figure.get_size_inches()
-    return figure.add_axes((left / across, bottom / up, width / across, height / up))
-
-
-def _widest(texts: Sequence[str], size: int) -> float:
-    """Return the width in inches of the widest of some texts."""
-    renderer, font = RendererAgg(1, 1, DOTS_PER_INCH), FontProperties(size=size)
-    return max(renderer.get_text_width_height_descent(text, font, ismath=False)[0] for text in texts) / DOTS_PER_INCH
-
-
-def _lines(text: str, size: int, width: float) -> list[str]:
-    """Break a text into lines that are not wider than so many inches."""
-    n_characters = int(0.92 * width * len(text) / _widest([text], size)) if text else 1
-    return textwrap.wrap(text, max(n_characters, 1))
-
-
-def _save(figure: Figure, path: str | Path) -> None:
-    with named_in_errors(Path(path)), written_aside(Path(path)) as aside:
-        figure.savefig(aside, dpi=DOTS_PER_INCH)

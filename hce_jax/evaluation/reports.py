@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from hce_jax.errors import StoreError, UserError
-from hce_jax.evaluation.decoders import BACKOFF
+from hce_jax.evaluation.decoders import BACKOFF, DECODERS, TEMPERATURE
 from hce_jax.evaluation.hierarchical import calibration_table, decoder_scores, stratified_table
 from hce_jax.evaluation.tally import Tally
 from hce_jax.files import written_aside
@@ -80,8 +80,8 @@ class Reports(NamedTuple):
     strata
         For each of the :data:`STRATA` one row per group.
     decoders
-        One row per decoder: the ``confidence`` that it asked for or the ``max_error`` that it promised, if it does, and
-        every number of :func:`hce_jax.evaluation.hierarchical.decoder_scores`.
+        One row per decoder: the ``confidence`` that it asked for or the ``max_error`` that it promised, if it does, its
+        ``temperature`` T, if it has one, and every number of :func:`hce_jax.evaluation.hierarchical.decoder_scores`.
     calibration
         Of :func:`hce_jax.evaluation.hierarchical.calibration_table`.
     """
@@ -111,6 +111,7 @@ def make_reports(
     subset_labels: Int[np.ndarray, " k"] | None = None,
     *,
     backoff: Mapping[str, float],
+    temperature: float | None = None,
 ) -> Reports:
     """Make the tables of what was counted. A prediction that is a descendant of the cell's label counts as the label.
 
@@ -129,6 +130,8 @@ def make_reports(
         published store, :func:`read_subset` those of a file.
     backoff
         What back-off asked for, which the table of the decoders says: ``confidence`` or ``max_error``.
+    temperature
+        T, if one was counted as a decoder; the table says it too.
 
     Raises
     ------
@@ -159,9 +162,9 @@ def make_reports(
     subset = None
     if subset_labels is not None:
         subset, _ = classification_report_frames(labels, predictions, subset_labels, n_cells)
-    nothing = {"confidence": np.nan, "max_error": np.nan}
-    asked_for = {name: nothing | (dict(backoff) if name == BACKOFF else {}) for name in tallies}
-    scores = {name: asked_for[name] | _scores(each, rule) for name, each in tallies.items()}
+    nothing = {"confidence": np.nan, "max_error": np.nan, "temperature": np.nan}
+    own = {BACKOFF: dict(backoff), TEMPERATURE: {"temperature": temperature}}
+    scores = {name: nothing | own.get(name, {}) | _scores(each, rule) for name, each in tallies.items()}
     return Reports(
         overall=overall,
         per_type=per_type,
@@ -250,14 +253,20 @@ def overall_table(tally: Tally) -> str:
     )
 
 
-def decoder_name(decoder: str, confidence: float = np.nan, max_error: float = np.nan) -> str:
-    """Name a decoder for a person, with the confidence that it asks for, or the error that it promises.
+def decoder_name(
+    decoder: str, confidence: float = np.nan, max_error: float = np.nan, temperature: float = np.nan
+) -> str:
+    """Name a decoder for a person, with the confidence that it asks for, the error that it promises, or its T.
 
     Examples
     --------
     >>> decoder_name("backoff", 0.9), decoder_name("backoff", max_error=0.05), decoder_name("argmax", 0.9)
     ('backoff 0.9', 'backoff, error <= 5 %', 'argmax')
+    >>> decoder_name("temperature", temperature=1.834)
+    'argmax, T = 1.83'
     """
+    if decoder == TEMPERATURE:
+        return f"{DECODERS[0]}, T = {temperature:.3g}"
     if decoder != BACKOFF:
         return decoder
     return f"{decoder} {confidence:g}" if np.isnan(max_error) else f"{decoder}, error <= {100 * max_error:g} %"
@@ -276,7 +285,8 @@ def decoder_table(decoders: pd.DataFrame) -> str:
     >>> print(decoder_table(reports.decoders))  # doctest: +SKIP
     """
     shares = ["exact", "descendant", "ancestor", "sibling", "elsewhere", "unassigned"]
-    names = [decoder_name(str(name), row["confidence"], row["max_error"]) for name, row in decoders.iterrows()]
+    asked_for = decoders[["confidence", "max_error", "temperature"]]
+    names = [decoder_name(str(name), **row) for name, row in asked_for.iterrows()]
     width = max(13, *(len(name) + 2 for name in names))
     columns = f"{'macro F1 (95 %)':24}{'accuracy':>9}{'hier. F1':>9}{'distance':>9}{'ECE':>7}{'wrong':>7}"
     lines = [f"{'decoder':{width}}{columns}   {'/'.join(shares)}"]

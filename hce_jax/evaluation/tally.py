@@ -3,8 +3,7 @@
 from collections.abc import Mapping
 
 import numpy as np
-
-from hce_jax.typing import Float, Int
+from jaxtyping import Float, Int
 
 #: Columns whose values are groups of cells that are scored one by one, and the donors, over whom is resampled.
 GROUP_COLUMNS = ("assay", "dataset_id", "disease", "tissue", "tissue_general", "donor_id")
@@ -100,13 +99,32 @@ class Tally:
     @property
     def corrected(self) -> Int[np.ndarray, "c d"]:
         """Cells by label and prediction (c, c + 1), a prediction below the label counted as the label."""
-        corrected = np.where(self._accepted, 0, self.confusion)
-        types = np.arange(len(corrected))
-        corrected[types, types] = np.where(self._accepted, self.confusion, 0).sum(axis=1)
-        return corrected
+        return corrected_confusion(self.confusion, self.reachability)
 
     @property
     def counts(self) -> Int[np.ndarray, "3 c"]:
         """Cells rightly predicted, predicted, and labelled as each type, after correction."""
         corrected = self.corrected[:, :-1]
         return np.stack([corrected.diagonal(), corrected.sum(axis=0), self.confusion.sum(axis=1)])
+
+
+def corrected_confusion(confusion: Int[np.ndarray, "c d"], reachability: np.ndarray) -> Int[np.ndarray, "c d"]:
+    """Count predictions below the label as the label.
+
+    Parameters
+    ----------
+    confusion
+        Cells by label and prediction (c, c + 1); the last column counts the unassigned, which are never right.
+    reachability
+        R (c, c).
+
+    Examples
+    --------
+    >>> corrected_confusion(np.array([[5, 2, 1], [3, 4, 0]]), np.array([[1, 1], [0, 1]])).tolist()
+    [[7, 0, 1], [3, 4, 0]]
+    """
+    accepted = np.column_stack([np.asarray(reachability) > 0, np.zeros(len(confusion), bool)])
+    corrected = np.where(accepted, 0, confusion)
+    types = np.arange(len(corrected))
+    corrected[types, types] = np.where(accepted, confusion, 0).sum(axis=1)
+    return corrected

@@ -3,7 +3,7 @@
 import itertools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,12 @@ _TYPES: dict[str, type] = {
 }  # fmt: skip
 _POSITIVE = ("learning_rate", "lr_scheduler_gamma")
 _NOT_NEGATIVE = ("weight_decay", "gradient_clip_val", "epsilon", "checkpoint_every_minutes", "profile_steps")
-#: Names of the losses in a configuration, and use_hierarchical_loss for each.
-_LOSSES = {"ce": False, "hce": True}
+#: The losses that can be trained together, and what each is in the configuration of a single model.
+_LOSSES: dict[str, dict[str, Any]] = {
+    "ce": {"use_hierarchical_loss": False},
+    "hce": {"use_hierarchical_loss": True},
+    "exact": {"use_hierarchical_loss": True, "epsilon": 0.0},
+}
 _SEEDS = ("seed", "data_seed")
 _AT_LEAST_ONE = (
     "batch_size",
@@ -47,10 +51,21 @@ _BUILTIN_RECIPE = {"batch_size": (2048, 256), "max_epochs": (50, 20)}
 
 
 def resolve_config(config: Any) -> ConfigDict:
-    """Check a configuration and return a copy that says where the cells are.
+    """Do as :func:`resolve_configs` for a single one.
+
+    Examples
+    --------
+    >>> resolve_config(linear_hce.get_config()).data_path  # doctest: +SKIP
+    'data/simulated_v1'
+    """
+    return resolve_configs([config])[0]
+
+
+def resolve_configs(configs: Sequence[Any]) -> list[ConfigDict]:
+    """Check configurations and return copies that say where the cells are.
 
     Without a ``data_path`` that is the built-in simulated atlas, made when it is not there yet; on it the published
-    batch of 2,048 cells and 50 epochs become 256 and 20, and this is said.
+    batch of 2,048 cells and 50 epochs become 256 and 20, and this is said, once for all of them.
 
     Raises
     ------
@@ -61,23 +76,27 @@ def resolve_config(config: Any) -> ConfigDict:
 
     Examples
     --------
-    >>> resolve_config(linear_hce.get_config()).data_path  # doctest: +SKIP
-    'data/simulated_v1'
+    >>> [config.batch_size for config in resolve_configs([linear_hce.get_config()])]  # doctest: +SKIP
+    [256]
     """
-    if not isinstance(config, ConfigDict):
-        raise ConfigError(f"a configuration is a ConfigDict, not {type(config).__name__}; see configs/linear_hce.py")
-    check_config(config.to_dict())
-    config = ConfigDict(config.to_dict())
-    for name in ("data_path", "log_dir"):  # a run is known by its configuration, wherever the command is given
-        if config[name]:
-            config[name] = str(Path(config[name]).expanduser().absolute())
-    if not config.data_path:
-        config.data_path = str(builtin_atlas().absolute())
-        for name, (published, small) in _BUILTIN_RECIPE.items():
-            if config[name] == published:
-                config[name] = small
-                print(f"on the simulated atlas {name} is {small}, not the published {published:,}")
-    return config
+    for config in configs:
+        if not isinstance(config, ConfigDict):
+            raise ConfigError(f"a configuration is a ConfigDict, not {type(config).__name__}; see configs/linear_hce.py")
+        check_config(config.to_dict())
+    resolved = [ConfigDict(config.to_dict()) for config in configs]
+    for config in resolved:
+        for name in ("data_path", "log_dir"):  # a run is known by its configuration, wherever the command is given
+            if config[name]:
+                config[name] = str(Path(config[name]).expanduser().absolute())
+    on_builtin = [config for config in resolved if not config.data_path]
+    atlas = str(builtin_atlas().absolute()) if on_builtin else ""
+    for name, (published, small) in _BUILTIN_RECIPE.items():
+        if any(config[name] == published for config in on_builtin):
+            print(f"on the simulated atlas {name} is {small}, not the published {published:,}")
+    for config in on_builtin:
+        config.data_path = atlas
+        config.update({name: small for name, (published, small) in _BUILTIN_RECIPE.items() if config[name] == published})
+    return resolved
 
 
 def member_configs(config: ConfigDict) -> list[ConfigDict]:
@@ -93,13 +112,25 @@ def member_configs(config: ConfigDict) -> list[ConfigDict]:
     >>> [(member.use_hierarchical_loss, member.seed) for member in member_configs(config)]
     [(False, 3), (False, 4), (True, 3), (True, 4)]
     """
-    losses = [_LOSSES[name] for name in config.losses] or [config.use_hierarchical_loss]
     members = []
-    for use_hierarchical_loss, seed in itertools.product(losses, config.seeds or (config.seed,)):
+    for loss, seed in itertools.product([_LOSSES[name] for name in config.losses] or [{}], config.seeds or (config.seed,)):
         member = ConfigDict(config.to_dict())
-        member.update(seeds=(), losses=(), seed=seed, use_hierarchical_loss=use_hierarchical_loss)
+        member.update(seeds=(), losses=(), seed=seed, **loss)
         members.append(member)
     return members
+
+
+def loss_name(config: ConfigDict) -> str:
+    """Return the name of a single model's loss: ce, hce, or exact (hce without its epsilon).
+
+    Examples
+    --------
+    >>> loss_name(ConfigDict({"use_hierarchical_loss": True, "epsilon": 0.0}))
+    'exact'
+    """
+    if not config.use_hierarchical_loss:
+        return "ce"
+    return "hce" if config.epsilon else "exact"
 
 
 def _is_seed(value: Any) -> bool:
@@ -145,7 +176,11 @@ def check_config(config: Mapping[str, Any]) -> None:
             lambda value: all(map(_is_seed, value)) and _differ(value),
             "different whole numbers, each 0 or more and below 2^32",
         ),
-        (("losses",), lambda value: set(value) <= {*_LOSSES} and _differ(value), "('ce',), ('hce',) or ('ce', 'hce')"),
+        (
+            ("losses",),
+            lambda value: set(value) <= {*_LOSSES} and _differ(value),
+            f"different ones out of {', '.join(_LOSSES)}, such as ('ce', 'hce')",
+        ),
         (_AT_LEAST_ONE, lambda value: 1 <= value < 2**31, "1 or more and below 2^31"),
         (("sub_sample_frac",), lambda value: 0 < value <= 1, "above 0 and at most 1"),
         (("precision",), lambda value: value in ("auto", *PRECISIONS), f"one of auto, {', '.join(PRECISIONS)}"),
@@ -155,3 +190,5 @@ def check_config(config: Mapping[str, Any]) -> None:
         for name in names:
             if not accepts(config[name]):
                 raise ConfigError(f"config.{name} is {config[name]!r}; it must be {rule}")
+    if {"hce", "exact"} <= {*config["losses"]} and not config["epsilon"]:
+        raise ConfigError("with config.epsilon=0.0 the losses hce and exact are the same; leave one out")

@@ -11,12 +11,19 @@ from ml_collections import ConfigDict
 from hce_jax.errors import ConfigError
 from hce_jax.runs import held_run, runs_folder, version_of
 from hce_jax.store import open_store
-from hce_jax.training.config import member_configs, resolve_config
+from hce_jax.training.config import loss_name, member_configs, resolve_config
 from hce_jax.training.hosts import Preemption, on_first, say
 from hce_jax.training.member import Member, common_save
 from hce_jax.training.session import Saver, Session
 from hce_jax.training.steps import Evaluation
 from hce_jax.training.trainer import Trainer
+
+
+_LOSS_TITLES = {
+    "ce": "cross entropy",
+    "hce": "hierarchical cross entropy",
+    "exact": "exact hierarchical cross entropy",
+}
 
 
 class FitResult(NamedTuple):
@@ -79,10 +86,7 @@ def fit(config: ConfigDict, *, new_run: bool = False, resume_from: int | None = 
     """
     config = resolve_config(config)
     store = open_store(config.data_path)
-    log_dir = Path(config.log_dir) if config.log_dir else store.side.path / "tb_logs"
-    members = [
-        Member(own, runs_folder(log_dir, own.model_name, own.use_hierarchical_loss)) for own in member_configs(config)
-    ]
+    members = members_of(config)
     if not new_run:
         _use_runs(members, on_first(lambda: [member.find_run() for member in members], len(members)))
     if resume_from is not None and any(member.run is None for member in members):
@@ -104,6 +108,25 @@ def fit(config: ConfigDict, *, new_run: bool = False, resume_from: int | None = 
             with Saver() as saver:
                 Session(trainer, unfinished, saver, preemption).run()
     return [_result(member) for member in members]
+
+
+def members_of(config: ConfigDict) -> list[Member]:
+    """Return the models that a configuration trains, without their runs.
+
+    Parameters
+    ----------
+    config
+        Checked, with a ``data_path``.
+
+    Examples
+    --------
+    >>> [member.label for member in members_of(resolve_config(config))]  # doctest: +SKIP
+    ['ce seed 1', 'hce seed 1']
+    """
+    log_dir = Path(config.log_dir or Path(config.data_path) / "tb_logs")
+    return [
+        Member(own, runs_folder(log_dir, own.model_name, own.use_hierarchical_loss)) for own in member_configs(config)
+    ]
 
 
 def _use_runs(members: Sequence[Member], versions: Sequence[int]) -> None:
@@ -129,11 +152,7 @@ def _hold_runs(members: Sequence[Member], trainer: Trainer, held: ExitStack, *, 
     _use_runs(members, on_first(hold, len(members)))
     say(trainer.summary())
     for member in members:
-        say(f"run         {member.run} (seed {member.config.seed}, {_loss_name(member.config)})")
-
-
-def _loss_name(config: ConfigDict) -> str:
-    return "hierarchical cross entropy" if config.use_hierarchical_loss else "cross entropy"
+        say(f"run         {member.run} (seed {member.config.seed}, {_LOSS_TITLES[loss_name(member.config)]})")
 
 
 def _go_on(members: Sequence[Member], trainer: Trainer, resume_from: int | None) -> None:

@@ -32,6 +32,7 @@ from hce_jax.runs import (
     version_of,
     versions,
 )
+from hce_jax.training.config import loss_name
 from hce_jax.training.hosts import is_first
 from hce_jax.training.logging import ScalarWriter, write_description
 from hce_jax.training.progress import Progress
@@ -109,7 +110,7 @@ class Member:
     @property
     def label(self) -> str:
         """Tell it from the other members, in short: loss and seed."""
-        return f"{'hce' if self.config.use_hierarchical_loss else 'ce'} seed {self.config.seed}"
+        return f"{loss_name(self.config)} seed {self.config.seed}"
 
     @property
     def folder(self) -> Path:

@@ -53,6 +53,7 @@ def save_small_model(path: Path) -> Path:
         curves=np.array(CURVES),
         n_candidates=np.array(N_CANDIDATES),
         n_told=np.array(N_TOLD),
+        temperature=1.0,
     )
     calibration.write(calibration_path(path))
     return path

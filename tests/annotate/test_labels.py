@@ -60,7 +60,7 @@ def test_a_cell_without_counts_gets_no_label_however_sure_the_model_is():
 def test_confidence_is_calibrated_by_the_depth_of_the_type():
     curves = np.array([[0, 1], [-1, 0.5], [0, 2]])  # of a root, below it, and below that
     promise, counts = (np.array([0.05]), np.array([0.9])), [np.full(6, 9)] * 2
-    calibration = Calibration("cells", 9, "donor", 2, (), "", *promise, curves, *counts)
+    calibration = Calibration("cells", 9, "donor", 2, (), "", *promise, curves, *counts, 1.0)
     given = labeller(0.6, calibration).label(np.array([[0.02, 0.03, 0.5, 0.25, 0.1, 0.1]], np.float32), ALL)
     odds = np.exp(-1) * (0.78 / 0.22) ** 0.5  # T cell, depth 1; the leaf, CD4, has as much for as against it
     np.testing.assert_allclose([given.confidence[0], given.leaf_confidence[0]], [odds / (1 + odds), 0.5], rtol=1e-5)

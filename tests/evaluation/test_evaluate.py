@@ -15,7 +15,7 @@ CELLS = np.arange(60)
 FILES = (
     "overall_metrics.csv per_class_metrics.csv per_assay_metrics.csv per_dataset_metrics.csv per_disease_metrics.csv "
     "per_tissue_metrics.csv per_tissue_general_metrics.csv hierarchical_metrics.csv calibration.csv calibration.png "
-    "confusion_ontology.png performance_plot.png"
+    "confusion_ontology.png performance_plot.png counts.npz"
 ).split()
 
 

@@ -72,15 +72,21 @@ def test_each_member_is_the_model_of_its_seed_trained_alone(store_path, tmp_path
     assert not np.allclose(*kernels, atol=1e-3)
 
 
-def test_members_of_both_losses_lie_under_their_own_names(store_path, tmp_path):
-    results = fit(config_of(linear_ce, store_path, tmp_path, losses=("ce", "hce"), seeds=(1,)))
-    assert [result.run.parent.parent.name for result in results] == ["linear", "linear_hierarchical_loss"]
-    assert [read_config(result.run)["use_hierarchical_loss"] for result in results] == [False, True]
-    alone = fit_one(config_of(linear_ce, store_path, tmp_path / "alone", use_hierarchical_loss=True))
-    # HCE's gradient for a cell labelled with the root is rounding noise, which Adam scales up.
-    assert_alike(results[1].run, alone.run, 5e-3)
+def test_members_of_all_losses_lie_under_their_own_names(store_path, tmp_path):
+    results = fit(config_of(linear_ce, store_path, tmp_path, losses=("ce", "hce", "exact"), seeds=(1,), epsilon=0.1))
+    places = [f"{result.run.parent.parent.name}/{result.run.name}" for result in results]
+    assert places == ["linear/version_0", "linear_hierarchical_loss/version_0", "linear_hierarchical_loss/version_1"]
+    configs = [read_config(result.run) for result in results]
+    assert [config["use_hierarchical_loss"] for config in configs] == [False, True, True]
+    assert [config["epsilon"] for config in configs] == [0.1, 0.1, 0.0]
+    for result, epsilon in zip(results[1:], (0.1, 0.0), strict=True):
+        changes = {"use_hierarchical_loss": True, "epsilon": epsilon}
+        alone = fit_one(config_of(linear_ce, store_path, tmp_path / f"alone {epsilon}", **changes))
+        # HCE's gradient for a cell labelled with the root is rounding noise, which Adam scales up.
+        assert_alike(result.run, alone.run, 5e-3)
     kernels = [load_model(result.run).params["linear"]["kernel"][...] for result in results]
     assert np.abs(kernels[0] - kernels[1]).max() > 0.02
+    assert np.abs(kernels[1] - kernels[2]).max() > 0.02
 
 
 def test_a_member_that_stops_early_leaves_the_others_as_they_were(store_path, tmp_path, monkeypatch):
@@ -144,7 +150,8 @@ def test_members_that_went_on_without_each_other_are_not_thrown_together():
         ({"seeds": (1, 1)}, r"config.seeds is \(1, 1\); it must be different whole numbers"),
         ({"seeds": (1, -1)}, r"config.seeds is \(1, -1\)"),
         ({"seeds": (1, "a")}, r"config.seeds is \(1, 'a'\)"),
-        ({"losses": ("mse",)}, r"config.losses is \('mse',\); it must be \('ce',\), \('hce',\) or"),
+        ({"losses": ("mse",)}, r"config.losses is \('mse',\); it must be different ones out of ce, hce, exact"),
+        ({"losses": ("hce", "exact"), "epsilon": 0.0}, "the losses hce and exact are the same"),
     ],
 )
 def test_seeds_and_losses_that_make_no_sense_are_named(store_path, tmp_path, changes, says):

@@ -1,0 +1,1 @@
+"""Trained models compared: what the hierarchical loss gains, on which cells, for which cell types."""
