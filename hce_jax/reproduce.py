@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from hce_jax.checkpoint import load_model
 from hce_jax.errors import CheckpointError, ConfigError
-from hce_jax.evaluation.calibration import Calibration, calibrate, calibration_path, keep
+from hce_jax.evaluation.calibration import MOST_CELLS, Calibration, calibrate, calibration_path, keep
 from hce_jax.evaluation.cells import Cells, SourceCells, StoreCells
 from hce_jax.evaluation.counts import Counts, counts_path
 from hce_jax.evaluation.evaluate import Job, Settings, evaluate
@@ -34,10 +34,12 @@ from hce_jax.training.trainer import Trainer
 _OF_STUDY = ("models", "new_studies")
 #: In place of new studies: none.
 NO_NEW_STUDIES = "none"
-#: Steps that are not timed, for they wait for compilation and the first cells; and how many are, at most so many seconds.
+#: Steps that are not timed, for they wait for compilation and the first cells; how many are, and for how long at most.
 _UNTIMED_STEPS, _TIMED_STEPS, _TIMED_SECONDS = 2, 20, 10.0
 #: Computing a cell forwards takes about a third of what it takes in a training step, which also goes backwards.
 _FORWARD = 1 / 3
+#: Seconds that loading, tables and pictures of an evaluated model take, whatever the number of cells.
+_EACH_MODEL = 3.0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -86,7 +88,6 @@ class Study:
             say(new.report())
         return cls(configs, store, cells)
 
-
     @property
     def comparison(self) -> Path:
         """The folder of the comparison, if no other is named: beside the runs."""
@@ -123,9 +124,13 @@ def model_configs(config: ConfigDict) -> dict[str, ConfigDict]:
     if unknown := [name for name in fields["models"] if name not in sections]:
         raise ConfigError(f"config.models names {unknown[0]!r}; there are {', '.join(sections)}")
     if not fields["models"] or len({*fields["models"]}) < len(fields["models"]):
-        raise ConfigError(f"config.models is {fields['models']!r}; name one or more of {', '.join(sections)}, each once")
+        raise ConfigError(
+            f"config.models is {fields['models']!r}; name one or more of {', '.join(sections)}, each once"
+        )
     if not shared.get("seeds") or len(shared.get("losses") or ()) < 2:
-        raise ConfigError("a study compares losses over seeds; config.losses needs two or more, config.seeds one or more")
+        raise ConfigError(
+            "a study compares losses over seeds; config.losses needs two or more, config.seeds one or more"
+        )
     alone = {"seed": 1, "use_hierarchical_loss": False}  # fields of one model, which seeds and losses stand for
     each = [ConfigDict({**sections[name], **shared, **alone}) for name in fields["models"]]
     if len({every.model_name for every in each}) < len(each):
@@ -180,7 +185,7 @@ def plan(study: Study) -> list[Part]:
     Parameters
     ----------
     study
-        Its cells need not have been looked at.
+        Of :meth:`Study.of`.
 
     Raises
     ------
@@ -191,27 +196,30 @@ def plan(study: Study) -> list[Part]:
     --------
     >>> for part in plan(study):  # doctest: +SKIP
     ...     print(part)
-    linear      8 models (ce, hce x seeds 1, 2, 3, 4), at most 20 epochs of 88 steps, 0.01 s a step: about 21 s
+    linear      8 models (ce, hce x seeds 1, 2, 3, 4), at most 20 epochs of 93 steps, 0.02 s a step: about 37 s
     """
     parts, left = [], 0.0
-    n_cells, n_evaluated, n_models = sum(cells.n_cells for cells in study.cells.values()), 0, 0
+    n_evaluated, n_models = 0, 0
+    n_cells = sum(cells.n_cells for cells in study.cells.values())
+    n_cells += min(study.store.split("val").n_cells, MOST_CELLS)  # for the calibration
     for name, config in study.configs.items():
         members = [_with_run(member) for member in members_of(config)]
         unfinished = [member for member in members if member.result is None]
         unevaluated = [member for member in members if member in unfinished or not _is_evaluated(study, member)]
         timed = _time_steps(unfinished or unevaluated, study.store)
         parts.append(_training_part(name, config, members, unfinished, timed))
-        left += len(unevaluated) * n_cells * timed.seconds / max(timed.n_members * config.batch_size, 1) * _FORWARD
+        left += len(unevaluated) * (_EACH_MODEL + n_cells * timed.forward)
         n_evaluated, n_models = n_evaluated + len(members) - len(unevaluated), n_models + len(members)
     splits = " and ".join(f"{cells.n_cells:,} ({split})" for split, cells in study.cells.items())
     return [*parts, Part("evaluation", f"{n_evaluated} of {n_models} models are evaluated on {splits} cells", left)]
 
 
 class _Timed(NamedTuple):
-    """Seconds of a training step of so many members together, and steps of an epoch."""
+    """Seconds of a training step and of an epoch of some members together, and of classifying a cell with one."""
 
-    seconds: float = 0.0
-    n_members: int = 1
+    step: float = 0.0
+    epoch: float = 0.0
+    forward: float = 0.0
     steps_per_epoch: int = 0
 
 
@@ -228,7 +236,9 @@ def _time_steps(members: Sequence[Member], store: Store) -> _Timed:
             seconds.append(time.perf_counter() - start)
             if sum(seconds[_UNTIMED_STEPS:]) > _TIMED_SECONDS:
                 break
-    return _Timed(float(np.median(seconds[_UNTIMED_STEPS:] or seconds)), len(members), trainer.steps_per_epoch)
+    step, n_steps = float(np.median(seconds[_UNTIMED_STEPS:] or seconds)), trainer.steps_per_epoch
+    forward = step / (len(members) * trainer.config.batch_size) * _FORWARD
+    return _Timed(step, n_steps * step + trainer.val_split.n_cells * len(members) * forward, forward, n_steps)
 
 
 def _with_run(member: Member) -> Member:
@@ -252,8 +262,8 @@ def _training_part(
         what += f", {len(unfinished)} of them unfinished"
     if begun:
         what += f", from epoch {begun}"
-    text = f"{what}, at most {n_epochs} epochs of {timed.steps_per_epoch:,} steps, {timed.seconds:.2g} s a step"
-    return Part(name, text, n_epochs * timed.steps_per_epoch * timed.seconds)
+    text = f"{what}, at most {n_epochs} epochs of {timed.steps_per_epoch:,} steps, {timed.step:.2g} s a step"
+    return Part(name, text, n_epochs * timed.epoch)
 
 
 def duration(seconds: float) -> str:
@@ -313,7 +323,7 @@ def evaluate_all(study: Study) -> None:
             # Back-off by one confidence for all models: a promised error may be more than a calibration can give.
             settings = Settings(split, max_error=None, subset_labels=subset)
             for job, result in zip(jobs, evaluate(cells, jobs, settings) if jobs else [], strict=True):
-                f1 = result.reports.overall.loc["macro avg", "f1-score"]
+                f1 = float(result.reports.overall["f1-score"]["macro avg"])
                 say(f"evaluated   {job.folder}: macro F1 {f1:.4f}")
 
 

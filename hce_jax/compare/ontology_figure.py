@@ -16,6 +16,7 @@ from matplotlib.path import Path as Curve
 from matplotlib.ticker import EngFormatter
 
 from hce_jax.compare.tree_layout import (
+    COLUMN_WIDTH,
     INDENT,
     ISOLATED_TITLE,
     NAME_GAP,
@@ -40,8 +41,8 @@ TITLE_SIZE = 8.0
 LEAST_NODE, LARGEST_NODE, EQUAL_NODE = 2.6, 8.4, 5.5
 #: Inches.
 LEGEND_HEIGHT, LAYER_HEIGHT, PAGE_WIDTH = 0.62, 0.45, 7.1
-#: Without names: inches between two leaves, and types without relatives in a row.
-LEAST_DISTANCE, PER_ROW = 0.075, 40
+#: Without names: inches between two leaves, at least and at most, and between two types without relatives.
+LEAST_DISTANCE, LARGEST_DISTANCE, ISOLATED_DISTANCE = 0.075, 0.3, 0.17
 #: There nodes are so much smaller, so that neighbours do not overlap.
 SCALE = 0.68
 ITALICS: dict[str, Any] = {"fontsize": NAME_SIZE, "style": "italic", "color": GREY}
@@ -95,7 +96,7 @@ def ontology_figure(
     """Draw the types as an indented tree with their names, coloured by the change in F1.
 
     A grey line leads to each type from the parent that it is indented below, a purple curve from each other parent; a
-    parent in another part of the tree is named instead.
+    parent in another column is named instead.
 
     Parameters
     ----------
@@ -202,14 +203,15 @@ def layered_places(reachability: np.ndarray) -> tuple[np.ndarray, np.ndarray, fl
         below = slots[parents == code]
         slots[code] = below.mean() if len(below) else n_slots
         n_slots += not len(below)
-    width = max(PAGE_WIDTH - 2 * MARGIN_SIDE, LEAST_DISTANCE * n_slots)
+    widest_page = max(PAGE_WIDTH - 2 * MARGIN_SIDE, LEAST_DISTANCE * n_slots)
+    width = min(max(COLUMN_WIDTH, LARGEST_DISTANCE * n_slots), widest_page)
     x = width * (1 - (slots + 0.5) / max(n_slots, 1))
     y = 0.1 + LAYER_HEIGHT * levels
     top = 0.4 + (y[connected].max() if connected else 0.0)
-    isolated = np.flatnonzero(is_isolated)
-    for start in range(0, len(isolated), PER_ROW):
-        row = isolated[start : start + PER_ROW]
-        x[row], y[row] = width * (np.arange(len(row)) + 0.5) / PER_ROW, top
+    isolated, per_row = np.flatnonzero(is_isolated), int(width / ISOLATED_DISTANCE)
+    for start in range(0, len(isolated), per_row):
+        row = isolated[start : start + per_row]
+        x[row], y[row] = ISOLATED_DISTANCE * (np.arange(len(row)) + 0.5), top
         top += 0.17
     return x, y, width, top
 

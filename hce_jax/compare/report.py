@@ -16,7 +16,7 @@ import pandas as pd
 
 from hce_jax import __version__
 from hce_jax.compare.figures import Figure
-from hce_jax.compare.numbers import PUBLISHED, PUBLISHED_GAIN, Tables
+from hce_jax.compare.numbers import MACRO_LABELLED, PUBLISHED, PUBLISHED_GAIN, Tables
 from hce_jax.compare.trained import Comparison
 from hce_jax.errors import UserError
 from hce_jax.evaluation.reports import decoder_name
@@ -24,7 +24,7 @@ from hce_jax.store.schema import read_side_files
 
 #: How a report names the splits.
 SPLITS = {"id": "held-out donors (id)", "ood": "new studies (ood)"}
-AVERAGES = ("macro", "micro", "weighted")
+AVERAGES = ("macro", MACRO_LABELLED, "micro", "weighted")
 #: The adjusted p below which a type is said to differ.
 SIGNIFICANT = 0.05
 #: Types in a table of losses, beside those that are significant.
@@ -230,6 +230,8 @@ def _overall_rows(comparison: Comparison, overall: pd.DataFrame, split: str) -> 
     for model in comparison.models:
         for average in AVERAGES:
             chosen = _where(overall, model=model, average=average, split=split)
+            if chosen.empty:  # the same as macro in this split
+                continue
             rows = [_where(chosen, loss=loss).iloc[0] for loss in comparison.losses]
             line = [model, average, *(spread(row["mean"], row["sd"]) for row in rows)]
             line += [gain(row["difference"], row["low"], row["high"]) for row in rows[1:]]

@@ -36,7 +36,9 @@ def training_store(runs: Sequence[TrainedRun], data_path: Path | None = None) ->
     """
     if data_path is not None:
         return _checked_store(data_path, runs[0])
-    first_of = {Path(run.config["data_path"]): run for run in reversed(runs)}
+    first_of: dict[Path, TrainedRun] = {}
+    for each in runs:
+        first_of.setdefault(Path(each.config["data_path"]), each)
     if len(first_of) == 1 and not next(iter(first_of)).is_dir():
         return None
     stores = {}

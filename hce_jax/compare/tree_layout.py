@@ -42,7 +42,7 @@ class TreeLayout:
     drawn, further
         [parent, child] (c, c): the edges from the parent that a type is indented below, and from its other parents.
     named
-        The edges between pieces of the tree that stand apart: these parents are named below the type.
+        The edges between columns: these parents are named below the type.
     notes
         For each type what is written in small below its name: the parents of ``named``.
     titles
@@ -65,9 +65,9 @@ class TreeLayout:
 
 @dataclass
 class _Column:
-    """What stands in a column: the types of each piece, and those without relatives."""
+    """What stands in a column, in this order: types with relatives, and those without."""
 
-    pieces: list[list[int]] = field(default_factory=list)
+    connected: list[int] = field(default_factory=list)
     isolated: list[int] = field(default_factory=list)
     height: float = 0.0
 
@@ -97,10 +97,10 @@ def tree_parents(reachability: np.ndarray) -> Int[np.ndarray, " c"]:
 
 
 def tree_layout(reachability: np.ndarray, labels: Sequence[str]) -> TreeLayout:
-    """Place the types in an indented tree that is wrapped over columns of equal height.
+    """Place the types in an indented tree that is wrapped over columns of about equal height.
 
-    A column begins with a new root where it can. A tree that is too high for that is cut into pieces at the types of
-    least indentation that make the pieces small enough.
+    A column begins with a new root where it can. Where a tree is too high for that, it begins at a type of the least
+    indentation that makes columns low enough.
 
     Parameters
     ----------
@@ -127,11 +127,12 @@ def tree_layout(reachability: np.ndarray, labels: Sequence[str]) -> TreeLayout:
     n_columns = 1 if total <= SINGLE_COLUMN_HEIGHT else max(2, int(np.ceil(1.03 * total / PAGE_HEIGHT)))
     connected = [code for code in order.tolist() if not is_isolated[code]]
     pieces = _pieces(connected, indents, heights, 1.15 * total / n_columns)
-    piece_of = np.full(len(parents), -1)
-    for number, piece in enumerate(pieces):
-        piece_of[piece] = number
+    columns = _filled(pieces, heights, n_columns, float(heights[is_isolated].sum()))
+    column_of = np.full(len(parents), -1)
+    for number, column in enumerate(columns):
+        column_of[column.connected] = number
 
-    within = edges_cc & (piece_of[:, None] == piece_of)
+    within = edges_cc & (column_of[:, None] == column_of)
     drawn = within & (parents == np.arange(len(parents))[:, None])
     named = edges_cc & ~within
     above = ["below " + " and ".join(labels[parent] for parent in np.flatnonzero(column)) for column in named.T]
@@ -140,8 +141,9 @@ def tree_layout(reachability: np.ndarray, labels: Sequence[str]) -> TreeLayout:
         for text, indent, column in zip(above, indents, named.T, strict=True)
     ]
     heights += [LINE_HEIGHT * (note.count("\n") + 1) if note else 0.0 for note in notes]
-    columns = _filled(pieces, [code for code in order.tolist() if is_isolated[code]], heights, n_columns)
-    x, y, titles = _placed(columns, indents, heights)
+    gaps = np.where(drawn.any(axis=0) | is_isolated, 0.0, TREE_GAP)
+    _add_isolated(columns, [code for code in order.tolist() if is_isolated[code]], heights, gaps)
+    x, y, titles = _placed(columns, indents, heights, gaps)
     width, height = COLUMN_WIDTH * len(columns), max(column.height for column in columns)
     return TreeLayout(x, y, names, drawn, within & ~drawn, named, notes, titles, width, height)
 
@@ -166,57 +168,56 @@ def _pieces(connected: list[int], indents: np.ndarray, heights: np.ndarray, most
     return pieces
 
 
-def _filled(pieces: list[list[int]], isolated: list[int], heights: np.ndarray, n_columns: int) -> list[_Column]:
-    """Put pieces, then types without relatives where there is room left, into columns as low as can be."""
-    sizes = [heights[piece].sum() + TREE_GAP for piece in pieces]
-    height = max([(sum(sizes) + heights[isolated].sum()) / n_columns, *sizes, 2 * ROW_HEIGHT])
+def _filled(pieces: list[list[int]], heights: np.ndarray, n_columns: int, isolated: float) -> list[_Column]:
+    """Put pieces into columns as low as can be, where types without relatives need so much room behind them."""
+    sizes = [float(heights[piece].sum()) + TREE_GAP for piece in pieces]
+    height = max([(sum(sizes) + isolated) / n_columns, *sizes])
     while True:
-        columns = [_Column() for _ in range(n_columns)]
-        if _fits(columns, pieces, sizes, isolated, heights, height):
-            return [column for column in columns if column.pieces or column.isolated]
+        columns = [_Column()]
+        for piece, size in zip(pieces, sizes, strict=True):
+            if columns[-1].height + size > height + 1e-9:
+                columns.append(_Column())
+            columns[-1].connected += piece
+            columns[-1].height += size
+        if len(columns) <= n_columns:
+            return columns + [_Column() for _ in range(n_columns - len(columns))]
         height += ROW_HEIGHT / 2
 
 
-def _fits(
-    columns: list[_Column],
-    pieces: list[list[int]],
-    sizes: list[float],
-    isolated: list[int],
-    heights: np.ndarray,
-    height: float,
-) -> bool:
-    """Fill columns up to a height; False if not everything has room."""
-    number = 0
-    for piece, size in zip(pieces, sizes, strict=True):
-        if columns[number].height + size > height + 1e-9:
-            number += 1
-        if number == len(columns):
-            return False
-        columns[number].pieces.append(piece)
-        columns[number].height += size
-    left = list(isolated)
-    for column in columns:
-        if left and column.height + 3 * ROW_HEIGHT <= height:  # a title with one row below it is not worth it
-            column.height += ROW_HEIGHT
-            while left and column.height + heights[left[0]] <= height + 1e-9:
-                column.height += heights[left[0]]
-                column.isolated.append(left.pop(0))
-    return not left
+def _add_isolated(columns: list[_Column], isolated: list[int], heights: np.ndarray, gaps: np.ndarray) -> None:
+    """Put types without relatives where there is room left, so that columns are as low as can be; drop empty ones."""
+    taken = [float((heights + gaps)[column.connected].sum()) for column in columns]
+    height = max((sum(taken) + float(heights[isolated].sum())) / len(columns), *taken, 2 * ROW_HEIGHT)
+    left = isolated
+    while True:
+        for column, top in zip(columns, taken, strict=True):
+            column.height, column.isolated = top, []
+            if left and top + 3 * ROW_HEIGHT <= height:  # a title with one row below it is not worth it
+                column.height += ROW_HEIGHT
+                while left and column.height + heights[left[0]] <= height + 1e-9:
+                    column.height += heights[left[0]]
+                    column.isolated.append(left[0])
+                    left = left[1:]
+        if not left:
+            break
+        left = isolated
+        height += ROW_HEIGHT / 2
+    columns[:] = [column for column in columns if column.connected or column.isolated]
 
 
 def _placed(
-    columns: list[_Column], indents: np.ndarray, heights: np.ndarray
+    columns: list[_Column], indents: np.ndarray, heights: np.ndarray, gaps: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, list[tuple[float, float]]]:
     """Give x and y of each type, and of the titles of the blocks of types without relatives."""
     x, y, titles = np.zeros(len(heights)), np.zeros(len(heights)), []
     for number, column in enumerate(columns):
         left, top = number * COLUMN_WIDTH + INDENT / 2, 0.0
-        for piece in column.pieces:
-            for code in piece:
-                x[code], y[code] = left + INDENT * (indents[code] + 0.5), top + ROW_HEIGHT / 2
-                top += heights[code]
-            top += TREE_GAP
+        for code in column.connected:
+            top += gaps[code] if top else 0.0
+            x[code], y[code] = left + INDENT * (indents[code] + 0.5), top + ROW_HEIGHT / 2
+            top += heights[code]
         if column.isolated:
+            top += TREE_GAP if top else 0.0
             titles.append((left, top + ROW_HEIGHT / 2))
             top += ROW_HEIGHT
         for code in column.isolated:

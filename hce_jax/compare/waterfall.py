@@ -18,8 +18,8 @@ from hce_jax.compare.tree_layout import (
 )
 from hce_jax.figure_style import GREY, GRID_COLOUR, MARGIN_SIDE, axes_at, lines, new_figure, widest
 
-#: Inches: a row of one line, a further line of a name, the names, and the two columns of numbers. Rows are as low as text
-#: of 5.5 points allows: 164 of them have to find room on a page.
+#: Inches: a row of one line, a further line of a name, the names, and the two columns of numbers. Rows are as low as
+#: text of 5.5 points allows: 164 of them have to find room on a page.
 ROW_HEIGHT, LINE_HEIGHT, NAMES_WIDTH, NUMBER_WIDTHS = 0.096, 0.081, 1.75, (0.29, 0.37)
 BOTTOM, ABOVE, NAME_ROOM, BARS_SHIFT = 0.4, 0.22, 0.06, 0.06
 #: The adjusted p below which a type has a star.
@@ -121,12 +121,14 @@ def _draw_column(
                 **beside,
             )
 
-    numbers = {"cells": _short(rows["n_cells"]), "training": _short(rows["n_train"])}
+    numbers = {"cells": _short(rows["n_cells"])}
+    if rows["n_train"].notna().any():
+        numbers["training"] = _short(rows["n_train"])
     for column, (heading, texts) in enumerate(numbers.items()):
         right = 1 + (BARS_SHIFT + sum(NUMBER_WIDTHS[: column + 1]) - 0.02) / width
         grey: dict[str, Any] = {"ha": "right", "fontsize": SMALL_SIZE, "color": GREY}
         for middle, text in zip(middles, texts, strict=True):
-            axes.text(right, middle, text, transform=axes.get_yaxis_transform(), va="center", **grey)
+            axes.text(right, middle, text, transform=axes.get_yaxis_transform(), va="center_baseline", **grey)
         axes.annotate(heading, (right, 1), (0, 3), xycoords="axes fraction", textcoords="offset points", **grey)
 
 

@@ -149,8 +149,9 @@ def evaluate(cells: Cells, jobs: Sequence[Job], settings: Settings) -> list[Resu
 
 
 def _decoders(cells: Cells, job: Job, settings: Settings) -> Decoders:
-    promises = job.calibration is not None and settings.max_error is not None
-    threshold = job.calibration.thresholds_at(settings.max_error) if promises else settings.confidence
+    threshold: float | np.ndarray = settings.confidence
+    if job.calibration is not None and settings.max_error is not None:
+        threshold = job.calibration.thresholds_at(settings.max_error)
     return Decoders(cells.side.reachability, threshold, job.temperature)
 
 

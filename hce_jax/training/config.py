@@ -81,7 +81,9 @@ def resolve_configs(configs: Sequence[Any]) -> list[ConfigDict]:
     """
     for config in configs:
         if not isinstance(config, ConfigDict):
-            raise ConfigError(f"a configuration is a ConfigDict, not {type(config).__name__}; see configs/linear_hce.py")
+            raise ConfigError(
+                f"a configuration is a ConfigDict, not {type(config).__name__}; see configs/linear_hce.py"
+            )
         check_config(config.to_dict())
     resolved = [ConfigDict(config.to_dict()) for config in configs]
     for config in resolved:
@@ -95,7 +97,9 @@ def resolve_configs(configs: Sequence[Any]) -> list[ConfigDict]:
             print(f"on the simulated atlas {name} is {small}, not the published {published:,}")
     for config in on_builtin:
         config.data_path = atlas
-        config.update({name: small for name, (published, small) in _BUILTIN_RECIPE.items() if config[name] == published})
+        config.update(
+            {name: small for name, (published, small) in _BUILTIN_RECIPE.items() if config[name] == published}
+        )
     return resolved
 
 
@@ -113,7 +117,9 @@ def member_configs(config: ConfigDict) -> list[ConfigDict]:
     [(False, 3), (False, 4), (True, 3), (True, 4)]
     """
     members = []
-    for loss, seed in itertools.product([_LOSSES[name] for name in config.losses] or [{}], config.seeds or (config.seed,)):
+    for loss, seed in itertools.product(
+        [_LOSSES[name] for name in config.losses] or [{}], config.seeds or (config.seed,)
+    ):
         member = ConfigDict(config.to_dict())
         member.update(seeds=(), losses=(), seed=seed, **loss)
         members.append(member)

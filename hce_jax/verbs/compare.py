@@ -128,17 +128,17 @@ def overall_table(overall: pd.DataFrame) -> str:
     >>> columns = ["model", "loss", "split", "average", "mean", "sd", "n_seeds", "difference", "low", "high"]
     >>> ours = ["mlp", "HCE", "ood", "macro", 0.701, 0.004, 4, 0.131, 0.092, 0.152]
     >>> print(overall_table(pd.DataFrame([ours], columns=columns)))
-    model  split  loss  macro F1, %  seeds  difference, points (95 % over studies)
-    mlp    ood    HCE   70.1 +- 0.4  4      +13.1 (+9.2 to +15.2)
+    model  split  F1     loss  per cent     seeds  difference, points (95 % over studies)
+    mlp    ood    macro  HCE   70.1 +- 0.4  4      +13.1 (+9.2 to +15.2)
     """
-    rows = [("model", "split", "loss", "macro F1, %", "seeds", "difference, points (95 % over studies)")]
-    macro = overall[overall["average"] == "macro"]
+    rows = [("model", "split", "F1", "loss", "per cent", "seeds", "difference, points (95 % over studies)")]
+    macro = overall[overall["average"].str.startswith("macro")]
     for _, row in macro.iterrows():
         spread = "" if pd.isna(row["sd"]) else f" +- {100 * row['sd']:.1f}"
         ends = "" if pd.isna(row["low"]) else f" ({100 * row['low']:+.1f} to {100 * row['high']:+.1f})"
         gain = "" if pd.isna(row["difference"]) else f"{100 * row['difference']:+.1f}{ends}"
         f1 = f"{100 * row['mean']:.1f}{spread}"
-        rows.append((row["model"], row["split"], row["loss"], f1, str(row["n_seeds"]), gain))
+        rows.append((row["model"], row["split"], row["average"], row["loss"], f1, str(row["n_seeds"]), gain))
     widths = [max(map(len, column)) + 2 for column in zip(*rows, strict=True)]
     return "\n".join(
         "".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows

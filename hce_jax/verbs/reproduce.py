@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from hce_jax import command
-from hce_jax.errors import ConfigError, Preempted
+from hce_jax.errors import Preempted
 
 PURPOSE = "the paper's study: train, evaluate and compare three models, two losses, four seeds"
 

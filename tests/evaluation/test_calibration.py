@@ -1,6 +1,7 @@
 """Calibration on cells whose labels are coarse at random, by a model that is too sure of itself."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -75,7 +76,7 @@ class SimulatedCells(Cells):
 def calibration_with(**fields):
     curves = np.array([[0.5, 1.5], [-1.0, 0.8], [-3.0, 2.0]])
     given = {"max_errors": np.array([0.01, 0.05, 0.1]), "confidences": np.array([np.inf, 0.9, 0.7]), "curves": curves}
-    given |= {"n_candidates": np.full(7, 30), "n_told": np.full(7, 30)}
+    given |= {"n_candidates": np.full(7, 30), "n_told": np.full(7, 30), "temperature": 1.0}
     return Calibration(
         **{"title": "cells", "n_cells": 10, "unit": "donor", "n_units": 2, "studies": (), "types": "x"} | given | fields
     )
@@ -285,7 +286,12 @@ def test_what_is_written_is_read_as_it_was(tmp_path, calibrated):
     "damage",
     [
         lambda fields: fields.pop("curves"),
-        lambda fields: fields.update(format_version=2),
+        lambda fields: fields.update(temperature=None),
+        lambda fields: fields.update(temperature="1.8"),
+        lambda fields: fields.update(temperature=True),
+        lambda fields: fields.update(temperature=0.0499),
+        lambda fields: fields.update(temperature=20.1),
+        lambda fields: fields.update(temperature=float("nan")),
         lambda fields: fields.update(curves=[[0, 1]]),
         lambda fields: fields.update(curves=[[0, 1, 2]] * 3),
         lambda fields: fields.update(curves=[[0, None]] * 3),
@@ -341,7 +347,8 @@ def test_a_damaged_file_is_one_line(tmp_path, calibrated, damage):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        (lambda text: text.replace('"n_told"', '"told"'), r"it has no n_told\)"),  # as of an earlier version
+        (lambda text: text.replace('"n_told"', '"told"'), r"it has no n_told\)"),
+        (lambda text: text.replace('"format_version"', '"version"'), r"it has no format_version\)"),
         (lambda text: text.replace('"n_cells": 3000', '"n_cells": "3000"'), r"its n_cells cannot be \"3000\"\)"),
         (lambda text: text.replace('"n_cells": 3000', '"n_cells": 0'), r"its n_cells cannot be 0\)"),
         (lambda text: f"[{text}]", r"it holds no fields\)"),
@@ -354,6 +361,42 @@ def test_what_is_wrong_with_a_damaged_file_is_said(tmp_path, calibrated, text, s
     path.write_bytes(text(path.read_text()).encode("utf-8", "surrogateescape"))
     with pytest.raises(CheckpointError, match=rf"calibration.json is damaged \(.*{says}.*; make it anew: python"):
         Calibration.read(path, SimulatedCells(0).side)
+
+
+@pytest.mark.parametrize("version", [1, 3, "2"])
+def test_another_version_of_the_format_is_said_and_not_called_damaged(tmp_path, calibrated, version):
+    path = tmp_path / "calibration.json"
+    calibrated.write(path)
+    fields = json.loads(path.read_text()) | {"format_version": version}
+    path.write_text(json.dumps({name: value for name, value in fields.items() if name != "temperature"}))
+    says = f"calibration.json is of format version {json.dumps(version)}, not 2; make it anew: python evaluate.py"
+    with pytest.raises(CheckpointError, match=says):
+        Calibration.read(path, SimulatedCells(0).side)
+
+
+def test_the_temperature_is_the_most_likely_one_of_the_cells_that_are_read(calibrated):
+    cells = SimulatedCells(0)
+    p = cells.probabilities.astype(float)
+
+    def unlikely(temperature):
+        power = p ** (1 / temperature)
+        return -np.log((power * REACHABILITY[cells.labels]).sum(axis=1) / power.sum(axis=1)).sum()
+
+    grid = np.geomspace(0.5, 8, 2000)
+    assert calibrated.temperature == pytest.approx(grid[np.argmin([unlikely(t) for t in grid])], rel=2e-3)
+    assert 1.5 < calibrated.temperature < 6  # the model is too sure of itself
+
+
+@pytest.mark.parametrize(("certain", "says"), [(True, "T = 0.05, the end .*: the surer"), (False, "T = 20, the end")])
+def test_a_temperature_at_the_end_of_its_range_is_said(certain, says, capsys):
+    cells = SimulatedCells(3, 300)
+    deep = np.isin(cells.labels, [3, 4, 5])
+    cells.labels[~deep] = 6
+    wrong = np.where(cells.labels == 6, 3, 6)
+    sure = 0.6 * np.eye(7)[cells.labels if certain else wrong] + 0.4 / 7
+    cells.probabilities = sure.astype(np.float32)
+    assert calibrate(cells, cells, "donor").temperature == (0.05 if certain else 20)
+    assert re.search(f"simulated cells: {says}", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("change", ["labels", "hierarchy"])

@@ -145,6 +145,35 @@ def test_the_largest_probability_is_found_before_the_division_that_can_make_two_
     assert Decoders(np.eye(3)).decode("argmax", probabilities).codes.tolist() == [1]
 
 
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 3.0])
+def test_a_temperature_changes_the_confidence_of_argmax_and_nothing_else(temperature):
+    rng = np.random.default_rng(5)
+    reach = random_hierarchy(rng)
+    probabilities = rng.dirichlet(np.full(30, 0.2), size=200).astype(np.float32) * np.float32(
+        0.7
+    )  # they need no sum of 1
+    probabilities[:2] = 0
+    decoders = Decoders(reach, 0.6, temperature)
+    decoded, plain = decoders.decode_all(probabilities), Decoders(reach, 0.6).decode_all(probabilities)
+    assert list(decoded) == [*DECODERS, "temperature"]
+    for name, each in plain.items():
+        np.testing.assert_array_equal(decoded[name].codes, each.codes)
+        np.testing.assert_array_equal(decoded[name].confidence, each.confidence)
+    codes, confidence = decoders.decode("temperature", probabilities)
+    np.testing.assert_array_equal(codes, plain["argmax"].codes)
+    power = probabilities.astype(float) ** (1 / temperature)
+    expected = (power * reach[codes]).sum(axis=1)[2:] / power.sum(axis=1)[2:]
+    assert confidence.dtype == np.float32
+    np.testing.assert_allclose(confidence[2:], expected, atol=2e-6)
+    assert not confidence[:2].any()  # without probabilities there is no confidence at any temperature
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_temperature_that_is_not_above_zero_is_refused(temperature):
+    with pytest.raises(ConfigError, match="the temperature is .*; it lies above 0"):
+        Decoders(FIVE_TYPES, temperature=temperature)
+
+
 def test_one_decoder_gives_what_all_give():
     rng = np.random.default_rng(2)
     decoders = Decoders(random_hierarchy(rng))

@@ -56,12 +56,17 @@ def test_files_are_about_the_decoder_that_was_asked_for(tmp_path, decoder):
     np.testing.assert_allclose(result.reports.overall, written, rtol=1e-12)
 
 
-def test_back_off_goes_by_the_calibration_of_a_model_that_has_one(tmp_path):
+def calibration_of(temperature):
     curves = np.array([[0.0, 1.0], [0.2, 1.5], [0.0, 0.7]])
     errors, confidences = np.array([0.02, 0.05, 0.1]), np.array([0.9, 0.55, 0.5])
-    calibration = Calibration(
-        "cells", 9, "study", 2, ("a", "b"), "", errors, confidences, curves, *[np.full(len(REACHABILITY), 9)] * 2
+    judged = [np.full(len(REACHABILITY), 9)] * 2
+    return Calibration(
+        "cells", 9, "study", 2, ("a", "b"), "", errors, confidences, curves, *judged, temperature=temperature
     )
+
+
+def test_back_off_goes_by_the_calibration_of_a_model_that_has_one(tmp_path):
+    calibration = calibration_of(2.5)
     jobs = [Job(CodedClassifier(), tmp_path / "plain"), Job(CodedClassifier(), tmp_path / "calibrated", calibration)]
     evaluate(CodedCells([60]), jobs, Settings("ood", decoder="backoff", confidence=0.75, max_error=0.06, detailed=True))
     probabilities = probabilities_of(CELLS)
@@ -75,6 +80,27 @@ def test_back_off_goes_by_the_calibration_of_a_model_that_has_one(tmp_path):
         np.testing.assert_array_equal(row[["confidence", "max_error"]], asked_for)
     read = pd.read_csv(tmp_path / "plain" / "coded_overall_metrics.csv")
     assert not read.equals(pd.read_csv(tmp_path / "calibrated" / "coded_overall_metrics.csv"))
+
+
+@pytest.mark.parametrize(("max_error", "asked_for"), [(0.06, [np.nan, 0.06]), (None, [0.75, np.nan])])
+def test_temperature_has_a_row_of_its_own_and_needs_no_promise(tmp_path, max_error, asked_for):
+    jobs = [Job(CodedClassifier(), tmp_path / str(t), calibration_of(t)) for t in (0.4, 2.5)]
+    evaluate(CodedCells([60]), jobs, Settings("ood", confidence=0.75, max_error=max_error))
+    p = probabilities_of(CELLS).astype(float)
+    for job, temperature in zip(jobs, (0.4, 2.5), strict=True):
+        table = pd.read_csv(job.folder / "coded_hierarchical_metrics.csv", index_col="decoder")
+        assert list(table.index) == ["argmax", "backoff", "min-distance", "temperature"]
+        np.testing.assert_array_equal(table.loc["backoff", ["confidence", "max_error"]].astype(float), asked_for)
+        assert table["temperature"].dropna().to_dict() == {"temperature": temperature}
+        same = [name for name in table if name not in ("confidence", "max_error", "temperature", "ece", "aurc")]
+        pd.testing.assert_series_equal(table.loc["argmax", same], table.loc["temperature", same], check_names=False)
+        power = p ** (1 / temperature) / (p ** (1 / temperature)).sum(axis=1, keepdims=True)
+        codes = p.argmax(axis=1)
+        confidence = (power * REACHABILITY[codes]).sum(axis=1)
+        right, bins = REACHABILITY[label_of(CELLS), codes] > 0, (confidence * 15).astype(int)
+        gaps = [abs((right - confidence)[bins == each].sum()) for each in range(15)]
+        assert table.loc["temperature", "ece"] == pytest.approx(sum(gaps) / 60, abs=1e-6)
+        assert table.loc["argmax", "ece"] != pytest.approx(sum(gaps) / 60, abs=0.01)
 
 
 def test_what_an_older_evaluation_wrote_and_this_one_did_not_is_removed_and_said(tmp_path, capsys):

@@ -161,7 +161,7 @@ def test_subset_of_types_without_cells_is_all_zero():
 def test_the_comparison_says_what_back_off_asked_for():
     tallies = dict.fromkeys(("argmax", "backoff"), counted(TARGETS, PREDICTIONS))
     decoders = make_reports(tallies, "argmax", RULES["id"], LOOKUPS, backoff={"confidence": 0.9}).decoders
-    assert list(decoders.columns[:2]) == ["confidence", "max_error"]
+    assert list(decoders.columns[:3]) == ["confidence", "max_error", "temperature"]
     assert decoders.loc["backoff", "confidence"] == 0.9
     assert np.isnan(decoders.loc["argmax", "confidence"])
     assert [line.split("  ")[0] for line in decoder_table(decoders).splitlines()[1:]] == ["argmax", "backoff 0.9"]
@@ -175,6 +175,15 @@ def test_the_comparison_says_what_back_off_promised():
     assert heading.index("macro F1") == argmax.index("0.3") == backoff.index("0.3")
     assert heading.split()[-2:] == ["wrong", "exact/descendant/ancestor/sibling/elsewhere/unassigned"]
     assert backoff.split()[-2] == "0.400"  # two exact, an ancestor, two elsewhere; the descendant is not told
+
+
+def test_the_comparison_says_the_temperature():
+    tallies = dict.fromkeys(("argmax", "backoff", "temperature"), counted(TARGETS, PREDICTIONS))
+    backoff = {"confidence": 0.9}
+    decoders = make_reports(tallies, "argmax", RULES["id"], LOOKUPS, backoff=backoff, temperature=1.826).decoders
+    np.testing.assert_array_equal(decoders["temperature"], [np.nan, np.nan, 1.826])
+    rows = decoder_table(decoders).splitlines()[1:]
+    assert [row.split("  ")[0] for row in rows] == ["argmax", "backoff 0.9", "argmax, T = 1.83"]
 
 
 def test_subset_file_names_types_by_label_or_code(tmp_path):
