@@ -60,7 +60,7 @@ def axes_at(figure: Figure, left: float, bottom: float, width: float, height: fl
 
     Examples
     --------
-    >>> axes_at(new_figure(4.0, 2.0, ""), 1.0, 0.5, 2.0, 1.0).get_position().width
+    >>> float(axes_at(new_figure(4.0, 2.0, ""), 1.0, 0.5, 2.0, 1.0).get_position().width)
     0.5
     """
     across, up = figure.get_size_inches()

@@ -271,7 +271,7 @@ def duration(seconds: float) -> str:
 
     Examples
     --------
-    >>> duration(42), duration(1000), duration(20_000)
+    >>> duration(42.0), duration(1000.0), duration(20_000.0)
     ('about 42 s', 'about 17 min', 'about 5.6 h')
     """
     if seconds < 100:

@@ -133,7 +133,7 @@ def ontology_figure(
             axes.text(place, below, layout.notes[code], fontsize=SMALL_SIZE, color=GREY, style="italic", **text)
     for left, top in layout.titles:
         axes.text(left, top, ISOLATED_TITLE, va="center", **ITALICS)
-    _draw_legend(figure, changes, n_train, layout.further.any())
+    _draw_legend(figure, changes, n_train, bool(layout.further.any()))
     return figure
 
 
@@ -196,7 +196,7 @@ def layered_places(reachability: np.ndarray) -> tuple[np.ndarray, np.ndarray, fl
     (True, True)
     """
     edges_cc, parents, order = direct_edges(reachability), tree_parents(reachability), tree_order(reachability)
-    is_isolated = ~(edges_cc.any(axis=0) | edges_cc.any(axis=1))
+    is_isolated = ~(edges_cc | edges_cc.T).any(axis=1)
     levels, connected = _levels(edges_cc), [code for code in order.tolist() if not is_isolated[code]]
     slots, n_slots = np.zeros(len(edges_cc)), 0
     for code in reversed(connected):  # those below a type come before it

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -15,7 +15,7 @@ from hce_jax.compare.numbers import PUBLISHED, Tables
 from hce_jax.compare.ontology_figure import TITLE_SIZE
 from hce_jax.compare.trained import Comparison
 from hce_jax.compare.tree_layout import NAME_SIZE, PAGE_HEIGHT, SMALL_SIZE
-from hce_jax.figure_style import GRID_COLOUR, MARGIN_SIDE, axes_at, new_figure
+from hce_jax.figure_style import GRID_COLOUR, MARGIN_SIDE, axes_at, new_figure, widest
 
 #: Of the losses, the baseline first, and of the models (Okabe & Ito 2008: told apart by the colour-blind).
 LOSS_COLOURS = ("#e69f00", "#0072b2", "#009e73", "#cc79a7")
@@ -30,6 +30,8 @@ LEFT, BOTTOM, LINE, PAGE_WIDTH = 0.42, 0.5, 0.1, 7.1
 PANEL_HEIGHT, CLASS_HEIGHT, SQUARE, ABOVE_SQUARE = 2.2, 1.35, 1.5, 0.36
 #: Of the place of a model, taken up by its losses; of the place of a loss, taken up by its seeds.
 SHARE, SPREAD = 0.72, 0.4
+#: Square points: of the dot of a bin with no cells, and what one with all of them has more.
+LEAST_AREA, LARGEST_AREA = 2.0, 60.0
 #: The place of a class that is named by a word, where that of a depth is 1.
 WORD = 1.4
 
@@ -66,7 +68,7 @@ def overall_figure(comparison: Comparison, tables: Tables) -> tuple[Figure, str]
         style: dict[str, Any] = {"marker": "D", "markersize": 4, "linestyle": "none", "markerfacecolor": "white"}
         marks.append(Line2D([], [], markeredgecolor="#404040", label="published, on the published data", **style))
     _legend(figure, marks)
-    intervals = "the difference to " + losses[0] + " in points with its 95 % interval by bootstrap over studies"
+    intervals = f"the difference to {losses[0]} in points with its 95 % interval by bootstrap over two or more studies"
     published = " Open diamonds: the published value, on the published data." if has_published else ""
     caption = (
         f"Macro F1 of each model and loss on {' and on '.join(SPLITS[split] for split in splits)}. "
@@ -80,19 +82,20 @@ def _draw_scores(axes: Axes, comparison: Comparison, tables: Tables, split: str)
     losses, step = comparison.losses, SHARE / len(comparison.losses)
     scores = tables.by_seed[(tables.by_seed["split"] == split) & (tables.by_seed["average"] == "macro")]
     overall = tables.overall[(tables.overall["split"] == split) & (tables.overall["average"] == "macro")]
-    means = overall.set_index(["model", "loss"])
     has_published = False
     for at, model in enumerate(comparison.models):
         for place, loss in enumerate(losses):
             x = at + step * (place - (len(losses) - 1) / 2)
-            row, colour = means.loc[(model, loss)], _loss_colour(place)
+            row = overall[(overall["model"] == model) & (overall["loss"] == loss)].iloc[0]
+            colour = _loss_colour(place)
             f1 = 100 * scores[(scores["model"] == model) & (scores["loss"] == loss)]["f1"].to_numpy(float)
             axes.hlines(100 * row["mean"], x - 0.42 * step, x + 0.42 * step, color=colour, linewidth=1.4, zorder=2)
             _dots(axes, x, f1, SPREAD * step, colour, "o")
-            if (model, loss, split) in PUBLISHED:
+            known = PUBLISHED.get((comparison.of(model, loss)[0].config["model_type"], loss, split))
+            if known is not None:
                 has_published = True
                 style: dict[str, Any] = {"markersize": 4, "markerfacecolor": "white", "markeredgewidth": 0.8}
-                axes.plot(x, 100 * PUBLISHED[model, loss, split], "D", markeredgecolor=colour, zorder=4, **style)
+                axes.plot(x, 100 * known, "D", markeredgecolor=colour, zorder=4, **style)
             if place:
                 height = 4 + 72 * LINE * (len(losses) - 1 - place)
                 axes.annotate(
@@ -121,8 +124,8 @@ def by_class_figure(comparison: Comparison, tables: Tables, loss: str) -> tuple[
     values = {grouping: _values(table, grouping) for grouping in groupings}
     places = {name: (1 if name == "depth" else WORD) * max(len(each), 1) for name, each in values.items()}
     n_values = sum(places.values())
-    room = max(PAGE_WIDTH - 2 * MARGIN_SIDE - 3 * LEFT, 0.13 * len(comparison.models) * n_values)
-    row_height = CLASS_HEIGHT + 0.45
+    room = max(PAGE_WIDTH - 2 * MARGIN_SIDE - 3 * LEFT, 0.115 * len(comparison.models) * n_values)
+    row_height = CLASS_HEIGHT + 0.5
     what = f"Change in F1 by kind of cell type, {loss} {MINUS} {comparison.losses[0]}"
     height = BOTTOM - 0.15 + row_height * len(comparison.splits)
     figure = new_figure(room + 3 * LEFT + 2 * MARGIN_SIDE, height, what, TITLE_SIZE)
@@ -220,8 +223,8 @@ def calibration_figure(comparison: Comparison, tables: Tables) -> tuple[Figure, 
         else "No temperature was fitted. ECE: the expected calibration error, the mean over seeds."
     )
     caption = (
-        f"Accuracy against confidence in 15 bins, the cells of all seeds together. {after} Dashed: as it should be; "
-        f"below it a model is surer of itself than it should be."
+        f"Accuracy against confidence in 15 bins, the cells of all seeds together; the area of a dot grows with its "
+        f"share of them. {after} Dashed: as it should be; below it a model is surer of itself than it should be."
     )
     return figure, caption
 
@@ -234,13 +237,17 @@ def _draw_reliability(axes: Axes, tables: Tables, model: str, loss: str, split: 
     bins = of_this(tables.reliability)
     for is_scaled, colour in ((False, BEFORE_COLOUR), (True, AFTER_COLOUR)):
         used = bins[(bins["scaled"] == is_scaled) & (bins["cells"] > 0)]
-        style = {"color": colour, "linewidth": 0.8, "markersize": 2.6, "clip_on": False}
-        axes.plot(used["confidence"], used["accuracy"], "-o", zorder=2 + is_scaled, **style)
+        style: dict[str, Any] = {"color": colour, "zorder": 2 + is_scaled, "clip_on": False}
+        axes.plot(used["confidence"], used["accuracy"], linewidth=0.6, **style)
+        areas = LEAST_AREA + LARGEST_AREA * used["cells"] / max(used["cells"].sum(), 1)
+        axes.scatter(used["confidence"], used["accuracy"], s=areas, linewidths=0, **style)
     for _, row in of_this(tables.calibration).iterrows():
         text = f"ECE {row['ece_before']:.3f}"
         if np.isfinite(row["temperature"]):
             text += f" \N{RIGHTWARDS ARROW} {row['ece_after']:.3f}\nT = {row['temperature']:.2f}"
-        axes.text(0.97, 0.04, text, ha="right", va="bottom", fontsize=NAME_SIZE, linespacing=1.2)
+        white = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.5}
+        place: dict[str, Any] = {"ha": "right", "va": "bottom", "zorder": 5, "bbox": white}
+        axes.text(0.98, 0.03, text, fontsize=SMALL_SIZE, linespacing=1.2, **place)
     axes.set(xlim=(0, 1), ylim=(0, 1))
     axes.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
     axes.set_yticks([0, 0.5, 1], ["0", "0.5", "1"])
@@ -258,7 +265,7 @@ def _dots(axes: Axes, x: float, values: np.ndarray, spread: float, colour: str, 
     axes.plot(x + aside, values, marker, color=colour, zorder=3, clip_on=False, **style)
 
 
-def _plain(axes: Axes, grid: str) -> None:
+def _plain(axes: Axes, grid: Literal["y", "both"]) -> None:
     axes.tick_params(labelsize=NAME_SIZE, length=2, width=0.4, pad=1.5)
     axes.tick_params(axis="x", length=0 if grid == "y" else 2)
     axes.grid(axis=grid, linewidth=0.4, color=GRID_COLOUR)
@@ -270,12 +277,15 @@ def _plain(axes: Axes, grid: str) -> None:
 def _legend(figure: Figure, marks: list[Line2D]) -> None:
     """Explain the marks at the bottom."""
     place = (MARGIN_SIDE / figure.get_figwidth(), 0.06 / figure.get_figheight())
+    widths = [0.42 + widest([str(mark.get_label())], NAME_SIZE) for mark in marks]
+    n_columns = max(n for n in range(1, len(marks) + 1) if n == 1 or n * max(widths) < figure.get_figwidth() - 0.2)
+    n_columns = len(marks) if sum(widths) < figure.get_figwidth() - 0.2 else n_columns
     style: dict[str, Any] = {"frameon": False, "borderpad": 0, "borderaxespad": 0, "handlelength": 1.8}
     legend = figure.legend(
         handles=marks,
         loc="lower left",
         bbox_to_anchor=place,
-        ncols=len(marks),
+        ncols=n_columns,
         fontsize=NAME_SIZE,
         columnspacing=1.4,
         **style,

@@ -116,11 +116,11 @@ def tree_layout(reachability: np.ndarray, labels: Sequence[str]) -> TreeLayout:
     (True, True)
     """
     edges_cc, parents = direct_edges(reachability), tree_parents(reachability)
-    is_isolated = ~(edges_cc.any(axis=0) | edges_cc.any(axis=1))
+    is_isolated = ~(edges_cc | edges_cc.T).any(axis=1)
     order, indents = tree_order(reachability), np.zeros(len(parents), np.int64)
     for code in order:
         indents[code] = indents[parents[code]] + 1 if parents[code] >= 0 else 0
-    names = [_broken(label, NAME_SIZE, indent) for label, indent in zip(labels, indents, strict=True)]
+    names = [_broken(label, NAME_SIZE, indent) for label, indent in zip(labels, indents.tolist(), strict=True)]
 
     heights = np.array([ROW_HEIGHT + LINE_HEIGHT * name.count("\n") for name in names])
     total = heights.sum()
@@ -132,13 +132,15 @@ def tree_layout(reachability: np.ndarray, labels: Sequence[str]) -> TreeLayout:
     for number, column in enumerate(columns):
         column_of[column.connected] = number
 
-    within = edges_cc & (column_of[:, None] == column_of)
-    drawn = within & (parents == np.arange(len(parents))[:, None])
+    within = edges_cc & np.equal.outer(column_of, column_of)
+    drawn = within & np.equal.outer(np.arange(len(parents)), parents)
     named = edges_cc & ~within
-    above = ["below " + " and ".join(labels[parent] for parent in np.flatnonzero(column)) for column in named.T]
+    above = [
+        "below " + " and ".join(labels[parent] for parent in np.flatnonzero(column).tolist()) for column in named.T
+    ]
     notes = [
         _broken(text, SMALL_SIZE, indent) if column.any() else ""
-        for text, indent, column in zip(above, indents, named.T, strict=True)
+        for text, indent, column in zip(above, indents.tolist(), named.T, strict=True)
     ]
     heights += [LINE_HEIGHT * (note.count("\n") + 1) if note else 0.0 for note in notes]
     gaps = np.where(drawn.any(axis=0) | is_isolated, 0.0, TREE_GAP)
@@ -150,7 +152,7 @@ def tree_layout(reachability: np.ndarray, labels: Sequence[str]) -> TreeLayout:
 
 def _broken(text: str, size: float, indent: int) -> str:
     """Break a name that is too wide for what its indentation leaves of the column."""
-    room = max(COLUMN_WIDTH - GUTTER - INDENT * (int(indent) + 0.5) - NAME_GAP, 1.0)
+    room = max(COLUMN_WIDTH - GUTTER - INDENT * (indent + 0.5) - NAME_GAP, 1.0)
     return text if widest([text], size) <= room else "\n".join(lines(text, size, room))
 
 

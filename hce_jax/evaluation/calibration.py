@@ -200,9 +200,9 @@ class Calibration:
         confidence = float(self.confidences[np.searchsorted(self.max_errors, max_error, side="right") - 1])
         if math.isinf(confidence):
             possible = self.max_errors[np.isfinite(self.confidences)]
-            least = f"the least is {possible[0]:g}; give that" if len(possible) else "nor can any other"
+            least = f"the least is {possible[0]:g}; give that, or" if len(possible) else "nor can any other error;"
             raise ConfigError(
-                f"--max_error={max_error:g} cannot be promised ({self.about}): {least}, or calibrate on more "
+                f"--max_error={max_error:g} cannot be promised ({self.about}): {least} calibrate on more "
                 f"{'donors' if self.unit == 'donor' else 'studies'}, or give --confidence instead"
             )
         return confidence

@@ -93,8 +93,8 @@ class Decoders:
     m and the expected distance are computed; ``argmax`` takes them as they are. Where all of them are 0, ``argmax`` and
     ``min-distance`` give type 0 with confidence 0.
 
-    Where a temperature is known, there is also ``temperature``: the types of ``argmax``, with the mass of their subtrees
-    once p is tempered (:func:`hce_jax.evaluation.temperature.tempered`).
+    Where a temperature is known, there is also ``temperature``: the types of ``argmax``, with the mass that their
+    subtrees have once p is tempered (:func:`hce_jax.evaluation.temperature.tempered`).
 
     Attributes
     ----------

@@ -226,17 +226,16 @@ def _write(job: Job, result: Result, cells: Cells, settings: Settings) -> None:
 
 
 def _write_counts(job: Job, tallies: dict[str, Tally], cells: Cells, settings: Settings) -> None:
-    has_cells = tallies[DECODERS[0]].groups[STUDY][:, 2].any(axis=1)
-    side = cells.side
+    side, with_cells = cells.side, np.flatnonzero(tallies[DECODERS[0]].groups[STUDY][:, 2].sum(axis=1))
     counts = Counts(
         split=settings.split,
         title=cells.title,
         labels=side.labels,
         cl_ids=side.cl_ids or (None,) * side.n_types,
         reachability=side.reachability,
-        studies=tuple(name for name, has in zip(cells.lookups[STUDY], has_cells, strict=True) if has),
+        studies=tuple(cells.lookups[STUDY][code] for code in with_cells),
         decoders={
-            name: DecoderCounts(each.confusion, each.groups[STUDY][has_cells], each.calibration)
+            name: DecoderCounts(each.confusion, each.groups[STUDY][with_cells], each.calibration)
             for name, each in tallies.items()
         },
         backoff=_asks_for(job, settings),

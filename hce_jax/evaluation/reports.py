@@ -163,7 +163,7 @@ def make_reports(
     if subset_labels is not None:
         subset, _ = classification_report_frames(labels, predictions, subset_labels, n_cells)
     nothing = {"confidence": np.nan, "max_error": np.nan, "temperature": np.nan}
-    own = {BACKOFF: dict(backoff), TEMPERATURE: {"temperature": temperature}}
+    own = {BACKOFF: dict(backoff)} | ({} if temperature is None else {TEMPERATURE: {"temperature": temperature}})
     scores = {name: nothing | own.get(name, {}) | _scores(each, rule) for name, each in tallies.items()}
     return Reports(
         overall=overall,

@@ -15,8 +15,10 @@ A probability of 0 has no logarithm. Softmax in float32 gives 0 to all that is b
 larger than it was.
 """
 
+from typing import NamedTuple
+
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from scipy.optimize import minimize_scalar
 
 #: The lowest and the highest temperature. A model that is right of every cell, however sure, would have 0.
@@ -40,12 +42,23 @@ def tempered(share: Float[np.ndarray, "n c"], temperature: float) -> Float[np.nd
 
     Examples
     --------
-    >>> tempered(np.array([[0.2, 0.8]], np.float32), 0.5).round(3).tolist()
-    [[0.059, 0.941]]
+    >>> tempered(np.array([[0.2, 0.8]], np.float32), 0.5).round(3)
+    array([[0.059, 0.941]], dtype=float32)
     """
     log_nc = _log(share) / np.float32(temperature)
     power_nc = np.exp(log_nc - log_nc.max(axis=1, keepdims=True)) * share.any(axis=1, keepdims=True)
     return power_nc / np.maximum(power_nc.sum(axis=1, keepdims=True), 1)
+
+
+class _Batch(NamedTuple):
+    """Some cells: ln p inside and outside of the label's subtree, each beside the largest there, and the gap of these.
+
+    The gap is kept apart, so that a likelihood that is the same at any temperature comes out as the same.
+    """
+
+    gap: Float[np.ndarray, " n"]
+    inside: Float[np.ndarray, "n c"]
+    outside: Float[np.ndarray, "n c"]
 
 
 class TemperatureFit:
@@ -66,7 +79,7 @@ class TemperatureFit:
 
     def __init__(self, reachability: np.ndarray):
         self._reach = np.asarray(reachability) > 0
-        self._batches: list[tuple[_Scaled, _Scaled]] = []
+        self._batches: list[_Batch] = []
 
     def add(self, share: Float[np.ndarray, "n c"], labels: Int[np.ndarray, " n"]) -> None:
         """Take some cells, 8 bytes a type of each.
@@ -82,12 +95,17 @@ class TemperatureFit:
         tells_n = ~below_nc.all(axis=1)  # a label above all types is satisfied at any temperature
         log_nc, below_nc = _log(share[tells_n]), below_nc[tells_n]
         if len(log_nc):
-            self._batches.append((_Scaled(log_nc, below_nc), _Scaled(log_nc, ~below_nc)))
+            inside_n, inside_nc = _largest_first(log_nc, below_nc)
+            outside_n, outside_nc = _largest_first(log_nc, ~below_nc)
+            self._batches.append(_Batch(outside_n.astype(np.float64) - inside_n, inside_nc, outside_nc))
 
     def loss(self, temperature: float) -> float:
         """Return the mean of minus the logarithm of the mass of the label's subtree; of no cells 0."""
         # With the mass inside and outside of the subtree: -ln(i / (i + o)) = ln(1 + o / i), exact also where o is tiny.
-        odds = [outside.log_sum(temperature) - inside.log_sum(temperature) for inside, outside in self._batches]
+        odds = [
+            gap_n / temperature + _log_sum(outside_nc, temperature) - _log_sum(inside_nc, temperature)
+            for gap_n, inside_nc, outside_nc in self._batches
+        ]
         return float(np.logaddexp(0, np.concatenate(odds)).mean()) if odds else 0.0
 
     def temperature(self) -> float:
@@ -103,22 +121,20 @@ class TemperatureFit:
             lambda step: self.loss(np.exp(step)), bounds=around, method="bounded", options={"xatol": 1e-4}
         )
         found = refined.x if refined.fun < losses[best] else best
-        return float(np.clip(np.exp(found), *TEMPERATURES))
+        return round(float(np.exp(found)), 6)  # the ends, and 1, come out as themselves
 
 
-class _Scaled:
-    """The logarithms of some types of each cell, ready to be divided by a temperature, summed as powers."""
+def _largest_first(
+    log_nc: Float[np.ndarray, "n c"], chosen_nc: Bool[np.ndarray, "n c"]
+) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, "n c"]]:
+    """Return the largest of the chosen logarithms of each cell, and by how much the others are below it."""
+    chosen_nc = np.where(chosen_nc, log_nc, np.float32(-np.inf))
+    largest_n = chosen_nc.max(axis=1)
+    return largest_n, chosen_nc - largest_n[:, None]
 
-    def __init__(self, log_nc: Float[np.ndarray, "n c"], chosen_nc: np.ndarray):
-        chosen = np.where(chosen_nc, log_nc, np.float32(-np.inf))
-        largest_n1 = chosen.max(axis=1, keepdims=True)
-        self._below_nc = chosen - largest_n1
-        self._largest_n = largest_n1[:, 0].astype(np.float64)
 
-    def log_sum(self, temperature: float) -> Float[np.ndarray, " n"]:
-        """Return ln(sum of exp(ln p / T)) in float64."""
-        sum_n = np.exp(self._below_nc / np.float32(temperature)).sum(axis=1, dtype=np.float64)
-        return self._largest_n / temperature + np.log(sum_n)
+def _log_sum(log_nc: Float[np.ndarray, "n c"], temperature: float) -> Float[np.ndarray, " n"]:
+    return np.log(np.exp(log_nc / np.float32(temperature)).sum(axis=1, dtype=np.float64))
 
 
 def _log(share_nc: Float[np.ndarray, "n c"]) -> Float[np.ndarray, "n c"]:

@@ -170,7 +170,7 @@ def test_a_temperature_changes_the_confidence_of_argmax_and_nothing_else(tempera
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, float("inf"), float("nan")])
 def test_a_temperature_that_is_not_above_zero_is_refused(temperature):
-    with pytest.raises(ConfigError, match="the temperature is .*; it lies above 0"):
+    with pytest.raises(ConfigError, match=r"the temperature is .*; it lies above 0"):
         Decoders(FIVE_TYPES, temperature=temperature)
 
 
