@@ -11,9 +11,8 @@ from stores import LABELS, N_GENES, write_tiny_store
 from verbs import in_process
 
 from configs import paper
-from hce_jax import reproduce
+from hce_jax import evaluation, reproduce
 from hce_jax.errors import UserError
-from hce_jax.evaluation import predict
 from hce_jax.hierarchy import correct_predictions
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections reads so
@@ -70,7 +69,7 @@ def test_the_study_is_planned_done_and_never_done_twice(store, monkeypatch, caps
     f1 = []
     for seed in (1, 2):
         run = store / "tb_logs" / "linear_hierarchical_loss" / "default" / f"version_{seed - 1}"
-        codes = predict.predict(run, store).argmax(axis=1)
+        codes = evaluation.predict(run, store).argmax(axis=1)
         labels = (np.arange(2000, 2017) * 7) % len(LABELS)
         reach = np.load(store / "cell_type_hierarchy" / "child_matrix.npy")
         f1.append(f1_score(labels, np.asarray(correct_predictions(labels, codes, reach)[0]), average="macro"))

@@ -275,17 +275,16 @@ def _plain(axes: Axes, grid: Literal["y", "both"]) -> None:
 
 
 def _legend(figure: Figure, marks: list[Line2D]) -> None:
-    """Explain the marks at the bottom."""
+    """Explain the marks at the bottom, on two lines where the picture is narrow."""
     place = (MARGIN_SIDE / figure.get_figwidth(), 0.06 / figure.get_figheight())
-    widths = [0.42 + widest([str(mark.get_label())], NAME_SIZE) for mark in marks]
-    n_columns = max(n for n in range(1, len(marks) + 1) if n == 1 or n * max(widths) < figure.get_figwidth() - 0.2)
-    n_columns = len(marks) if sum(widths) < figure.get_figwidth() - 0.2 else n_columns
+    width = sum(0.42 + widest([str(mark.get_label())], NAME_SIZE) for mark in marks)
+    n_lines = 1 if width < figure.get_figwidth() - 2 * MARGIN_SIDE else 2
     style: dict[str, Any] = {"frameon": False, "borderpad": 0, "borderaxespad": 0, "handlelength": 1.8}
     legend = figure.legend(
         handles=marks,
         loc="lower left",
         bbox_to_anchor=place,
-        ncols=n_columns,
+        ncols=-(-len(marks) // n_lines),
         fontsize=NAME_SIZE,
         columnspacing=1.4,
         **style,

@@ -18,7 +18,6 @@ from hce_jax.training.session import Saver, Session
 from hce_jax.training.steps import Evaluation
 from hce_jax.training.trainer import Trainer
 
-
 _LOSS_TITLES = {
     "ce": "cross entropy",
     "hce": "hierarchical cross entropy",

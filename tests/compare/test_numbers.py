@@ -11,6 +11,7 @@ from comparisons import make_comparison, reachability
 from sklearn.metrics import classification_report, f1_score
 
 from hce_jax.compare.numbers import (
+    MACRO_LABELLED,
     Tables,
     averages,
     by_class,
@@ -104,13 +105,18 @@ def with_by_study(counts, by_study):
 
 def test_f1_of_each_run_is_to_the_last_digit_what_scikit_learn_reports(comparison, every):
     found = every.by_seed.set_index(["model", "loss", "seed", "split", "average"])["f1"]
-    assert len(found) == 2 * 2 * 4 * 2 * 3
+    assert len(found) == 2 * 2 * 4 * (4 + 3)  # models, losses, seeds; averages of id and ood
     for run, split in itertools.product(comparison.runs, comparison.splits):
         report, place = report_of(run, split), (run.model, run.loss, run.seed, split)
         micro = report["accuracy"] if "accuracy" in report else report["micro avg"]["f1-score"]
         assert found[(*place, "macro")] == report["macro avg"]["f1-score"]
         assert found[(*place, "weighted")] == report["weighted avg"]["f1-score"]
         assert found[(*place, "micro")] == micro
+        if split == "id":
+            labels, predictions = cells_of(run, split)
+            of_labelled = f1_score(labels, predictions, labels=np.unique(labels), average="macro", zero_division=0)
+            assert found[(*place, MACRO_LABELLED)] == pytest.approx(of_labelled, rel=1e-12)
+            assert of_labelled > report["macro avg"]["f1-score"]  # one type is only predicted
 
 
 def test_a_type_that_is_only_predicted_counts_in_the_id_split_alone(comparison):
@@ -130,7 +136,9 @@ def test_averages_of_several_groups_at_a_time():
     assert found["macro"].tolist() == pytest.approx([(2 / 3 + 0) / 2, (4 / 7 + 0) / 2])
     assert found["micro"].tolist() == pytest.approx([2 / 4, 4 / 8])
     assert found["weighted"].tolist() == pytest.approx([1 / 3, 4 / 7])
+    assert found[MACRO_LABELLED].tolist() == pytest.approx([1 / 3, 4 / 7])
     labelled = averages(counts, labelled_only=True)
+    assert MACRO_LABELLED not in labelled
     assert labelled["macro"].tolist() == pytest.approx([1 / 3, 4 / 7])
     assert labelled["micro"].tolist() == pytest.approx([2 / 4, 4 / 7])
 
@@ -138,7 +146,7 @@ def test_averages_of_several_groups_at_a_time():
 def test_the_overall_table_is_of_the_seeds(comparison, every):
     found = every.overall.set_index([*GROUP, "average"])
     assert list(found.columns) == ["mean", "sd", "n_seeds", "difference", "low", "high"]
-    assert len(found) == 2 * 2 * 2 * 3
+    assert len(found) == 2 * 2 * (4 + 3)
     for model, split in itertools.product(comparison.models, comparison.splits):
         f1 = {
             loss: [report_of(run, split)["macro avg"]["f1-score"] for run in comparison.of(model, loss)]
