@@ -12,6 +12,7 @@ from verbs import in_process
 
 from configs import paper
 from hce_jax import evaluation, reproduce
+from hce_jax.compare import figures
 from hce_jax.errors import UserError
 from hce_jax.hierarchy import correct_predictions
 
@@ -77,6 +78,7 @@ def test_the_study_is_planned_done_and_never_done_twice(store, monkeypatch, caps
     assert overall.loc[("HCE", "id", "macro"), "sd"] == pytest.approx(np.std(f1, ddof=1))
     assert (store / "comparison" / "comparison.md").is_file()
 
+    monkeypatch.setattr(figures, "draw", lambda *given: [])  # the same pictures again
     runs = times(store / "tb_logs")
     said = done(monkeypatch, capsys, *flags)
     assert "are trained: done" in said
@@ -91,6 +93,7 @@ def test_the_study_is_planned_done_and_never_done_twice(store, monkeypatch, caps
 
 
 def test_a_study_without_new_studies_is_of_held_out_donors_alone(store, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(figures, "draw", lambda *given: [])
     flags = (*FLAGS, f"--config.data_path={store}", f"--config.log_dir={tmp_path / 'logs'}", "--config.seeds=(1,)")
     done(monkeypatch, capsys, *flags, "--config.new_studies=none", f"--out={tmp_path / 'out'}")
     assert set(pd.read_csv(tmp_path / "out" / "overall.csv")["split"]) == {"id"}

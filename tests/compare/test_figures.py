@@ -267,7 +267,6 @@ AWKWARD = {
     },
     "three losses": {"models": ("mlp",), "losses": ("CE", "HCE", "HCE (epsilon 0.001)"), "splits": ("id",)},
     "no difference at all": {"models": ("linear",), "gain": 0.0, "n_types": 4},
-    "three models on donors alone": {"models": ("linear", "mlp", "tabnet_of_a_long_name"), "splits": ("id",)},
     "long names": {"models": ("mlp",), "splits": ("id",), "n_types": 40},
 }
 
