@@ -238,6 +238,24 @@ def test_colours_end_at_a_multiple_of_five_points():
     assert colour_limit(np.array([0.0] * 99 + [80])) == 5
 
 
+def test_each_type_is_drawn_with_its_own_change_in_points(compared, monkeypatch, tmp_path):
+    comparison, numbers = compared
+    comparison = dataclasses.replace(comparison, models=("mlp",), splits=("ood",))
+    given = []
+    for name in ("ontology_figure", "dag_figure"):
+        draw = getattr(figures, name)
+        # Behind the changes stand the training cells and the title.
+        monkeypatch.setattr(figures, name, lambda *args, draw=draw: given.append(args[-3]) or draw(*args))
+    monkeypatch.setattr(figures, "save", lambda *_: None)
+    figures.draw(comparison, numbers, tmp_path)
+    rows = where(numbers.per_type, model="mlp", split="ood").set_index("label")
+    assert "type 0" not in rows.index  # so that codes are not rows
+    expected = [100 * rows["difference"].get(label, np.nan) for label in comparison.labels]
+    assert len(given) == 2
+    for changes in given:
+        np.testing.assert_allclose(changes, expected)
+
+
 def test_files_are_whole_and_fonts_are_embedded_as_truetype(tmp_path):
     comparison = make_comparison(("mlp",), seeds=(1, 2), splits=("id",), n_types=3, cells=40)
     before = dict(mpl.rcParams)

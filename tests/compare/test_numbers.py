@@ -24,7 +24,7 @@ from hce_jax.compare.numbers import (
     reliability,
     tables,
 )
-from hce_jax.evaluation.hierarchical import decoder_scores
+from hce_jax.evaluation.hierarchical import decoder_scores, resampled_counts
 
 # Of comparisons.EDGES with ten types, by hand.
 DEPTHS = [0, 1, 1, 2, 2, 3, 4, 4, 0, 0]
@@ -187,6 +187,22 @@ def test_the_interval_is_that_of_resampled_studies_which_all_runs_share(comparis
         row = found.loc[model, "HCE", split, "macro"]
         assert row["low"] == pytest.approx(min(differences), abs=1e-12)
         assert row["high"] == pytest.approx(max(differences), abs=1e-12)
+
+
+def test_the_interval_leaves_out_the_25_least_and_the_25_most_of_1000_resamples(comparison):
+    micro = {}
+    for loss in comparison.losses:
+        of_runs = []
+        for run in comparison.of("mlp", loss):
+            by_study = run.counts["id"].decoders["argmax"].by_study
+            counts = np.concatenate([*resampled_counts(by_study)], axis=1).sum(axis=-1)
+            of_runs.append(counts[0] / counts[2])  # every cell has a prediction: the share of right ones
+        micro[loss] = np.mean(of_runs, axis=0)
+    ordered = sorted(micro["HCE"] - micro["CE"])
+    assert len(ordered) == 1000
+    row = overall(comparison).set_index([*GROUP, "average"]).loc["mlp", "HCE", "id", "micro"]
+    assert ordered[24] <= row["low"] <= ordered[25] < ordered[49]
+    assert ordered[950] < ordered[974] <= row["high"] <= ordered[975]
 
 
 def test_losses_that_predict_alike_differ_by_nothing_in_every_resample(comparison):

@@ -79,6 +79,7 @@ def test_they_give_the_numbers_of_the_tables(evaluated, split, model):
         expected = f1_score(labels, corrected, labels=types, average="macro", zero_division=0)
         assert expected == pytest.approx(table.loc[name, "f1_macro"], rel=1e-12)
         assert (corrected == labels).mean() == pytest.approx(table.loc[name, "accuracy"], rel=1e-12)
+        assert confusion.trace() / len(labels) == pytest.approx(table.loc[name, "exact"], rel=1e-12)  # not corrected
         assert expected_calibration_error(calibration) == pytest.approx(table.loc[name, "ece"], rel=1e-12)
         assert area_under_risk_coverage(calibration) == pytest.approx(table.loc[name, "aurc"], rel=1e-12)
         by_hand = [(corrected == labels, labels), (corrected < 7, corrected), (labels >= 0, labels)]

@@ -67,15 +67,18 @@ def test_the_loss_is_that_of_the_definition(temperature):
     assert fit_of(probabilities, labels).loss(temperature) == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_second_peak_of_the_likelihood_does_not_hide_the_first():
-    # Of a coarse label 0 (types 0 and 1, whose p are 0.6 and 1e-9) flat is better; of a leaf 2, 0.9, sharp is.
-    reach = reachability_from_edges(4, [(0, 1)])
-    rows = np.array([[0.02, 1e-9, 0.98, 1e-9], [0.001, 1e-30, 0.999, 1e-30]], np.float32)
-    probabilities, labels = np.repeat(rows, [300, 40], axis=0), np.repeat([2, 0], [300, 40])
-    grid = np.geomspace(*TEMPERATURES, 400)
-    losses = [loss_by_definition(probabilities, labels, t, reach) for t in grid]
+def test_of_two_minima_the_lower_one_is_found():
+    logits = np.full((2, 12), -20.0)
+    logits[0, [0, 1, 2, 3, 11]] = -2.3, -0.5, -3.1, -3.3, -0.1
+    logits[1, [0, 1, 2, 3, 5, 8, 9, 11]] = -4.4, -2.7, -0.2, -1.4, -0.4, -1.9, -2.2, -0.3
+    reach = reachability_from_edges(12, [(0, k) for k in range(1, 5)])
+    probabilities, labels = np.repeat(softmax(logits), [7, 93], axis=0).astype(np.float32), np.repeat([11, 0], [7, 93])
+    losses = [loss_by_definition(probabilities, labels, t, reach) for t in np.geomspace(*TEMPERATURES, 400)]
+    falls = np.diff(losses) < 0
+    assert np.count_nonzero(~falls[1:] & falls[:-1]) == 1  # a minimum inside the range
+    assert not falls[0]  # and another one at its end
     found = fit_of(probabilities, labels, reachability=reach).temperature()
-    assert loss_by_definition(probabilities, labels, found, reach) <= min(losses) + 1e-9
+    assert loss_by_definition(probabilities, labels, found, reach) == pytest.approx(min(losses), rel=1e-6)
 
 
 def test_where_the_likelihood_grows_up_to_an_end_that_end_is_given():
