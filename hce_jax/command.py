@@ -66,8 +66,8 @@ def exit_codes() -> Iterator[None]:
 
 
 @contextmanager
-def sigterm_as_ctrl_c() -> Iterator[None]:
-    """End as by Ctrl-C when told to end (SIGTERM), so that nothing half done is left.
+def sigterm_as_ctrl_c(left: str = "nothing was written") -> Iterator[None]:
+    """End as by Ctrl-C when told to end (SIGTERM), so that nothing half done is left; ``left`` says what is.
 
     Examples
     --------
@@ -77,7 +77,7 @@ def sigterm_as_ctrl_c() -> Iterator[None]:
     """
 
     def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt("told to end (SIGTERM); nothing was written")
+        raise KeyboardInterrupt(f"told to end (SIGTERM); {left}")
 
     earlier = signal.signal(signal.SIGTERM, interrupt)
     try:

@@ -36,6 +36,8 @@ _OF_STUDY = ("models", "new_studies")
 NO_NEW_STUDIES = "none"
 #: Steps that are not timed, for they wait for compilation and the first cells; how many are, and for how long at most.
 _UNTIMED_STEPS, _TIMED_STEPS, _TIMED_SECONDS = 2, 20, 10.0
+#: Steps of an epoch that are fewer than a recipe for large stores is meant for.
+_FEW_STEPS = 30
 #: Computing a cell forwards takes about a third of what it takes in a training step, which also goes backwards.
 _FORWARD = 1 / 3
 #: Seconds that loading, tables and pictures of an evaluated model take, whatever the number of cells.
@@ -262,7 +264,8 @@ def _training_part(
         what += f", {len(unfinished)} of them unfinished"
     if begun:
         what += f", from epoch {begun}"
-    text = f"{what}, at most {n_epochs} epochs of {timed.steps_per_epoch:,} steps, {timed.step:.2g} s a step"
+    few = f" (few: lower --config.{name}.batch_size)" if timed.steps_per_epoch < _FEW_STEPS else ""
+    text = f"{what}, at most {n_epochs} epochs of {timed.steps_per_epoch:,} steps{few}, {timed.step:.2g} s a step"
     return Part(name, text, n_epochs * timed.epoch)
 
 
@@ -354,5 +357,7 @@ def _is_evaluated(study: Study, member: Member, *splits: str) -> bool:
         except CheckpointError:  # none, or of an older version
             return False
         if (counts.n_cells, counts.title) != (cells.n_cells, cells.title) or counts.temperature is None:
+            return False
+        if counts.backoff != {"confidence": Settings.confidence}:  # as of evaluate.py --max_error: not comparable
             return False
     return True

@@ -1,5 +1,6 @@
 """The study from a store to the comparison: what is done, what is never done twice, and what is refused."""
 
+import dataclasses
 import importlib
 
 import anndata as ad
@@ -14,7 +15,7 @@ from configs import paper
 from hce_jax import evaluation, reproduce
 from hce_jax.compare import figures
 from hce_jax.errors import UserError
-from hce_jax.hierarchy import correct_predictions
+from hce_jax.evaluation.counts import Counts
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections reads so
 
@@ -46,6 +47,12 @@ def store(tmp_path_factory):
     return path
 
 
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    """Pictures have their own tests, and take longest."""
+    monkeypatch.setattr(figures, "draw", lambda *given: [])
+
+
 def done(monkeypatch, capsys, *flags):
     """Return what reproduce printed; it must not end with an error."""
     said = in_process(monkeypatch, capsys, "reproduce", *flags)
@@ -61,7 +68,7 @@ def test_the_study_is_planned_done_and_never_done_twice(store, monkeypatch, caps
     flags = (*FLAGS, "--config.seeds=(1,2)", f"--config.data_path={store}")
     before = times(store)
     said = done(monkeypatch, capsys, *flags, "--dry-run")
-    assert "linear      4 models (ce, hce x seeds 1, 2), at most 1 epochs of 3 steps" in said
+    assert "linear      4 models (ce, hce x seeds 1, 2), at most 1 epochs of 3 steps (few: lower" in said
     assert "evaluation  0 of 4 models are evaluated on 17 (id) and 40 (ood) cells" in said
     assert times(store) == before
 
@@ -73,27 +80,27 @@ def test_the_study_is_planned_done_and_never_done_twice(store, monkeypatch, caps
         codes = evaluation.predict(run, store).argmax(axis=1)
         labels = (np.arange(2000, 2017) * 7) % len(LABELS)
         reach = np.load(store / "cell_type_hierarchy" / "child_matrix.npy")
-        f1.append(f1_score(labels, np.asarray(correct_predictions(labels, codes, reach)[0]), average="macro"))
+        f1.append(f1_score(labels, np.where(reach[labels, codes] > 0, labels, codes), average="macro"))
     assert overall.loc[("HCE", "id", "macro"), "mean"] == pytest.approx(np.mean(f1))
     assert overall.loc[("HCE", "id", "macro"), "sd"] == pytest.approx(np.std(f1, ddof=1))
     assert (store / "comparison" / "comparison.md").is_file()
 
-    monkeypatch.setattr(figures, "draw", lambda *given: [])  # the same pictures again
     runs = times(store / "tb_logs")
     said = done(monkeypatch, capsys, *flags)
     assert "are trained: done" in said
     assert "4 of 4 models are evaluated on 17 (id) and 40 (ood) cells: done" in said
     assert times(store / "tb_logs") == runs
 
-    counts = next((store / "tb_logs").rglob("sctab_test/*/linear_counts.npz"))
-    counts.unlink()  # as if the evaluation had been stopped before this model
+    stopped, promised, *_ = sorted((store / "tb_logs").rglob("sctab_test/*/linear_counts.npz"))
+    stopped.unlink()  # as if the evaluation had been stopped before this model
+    dataclasses.replace(Counts.read(promised), backoff={"max_error": 0.1}).write(promised)  # as of evaluate.py
     done(monkeypatch, capsys, *flags)
     again = times(store / "tb_logs")
-    assert {path.parent for path, time in again.items() if runs.get(path) != time} == {counts.parent}
+    changed = {path.parent for path, time in again.items() if runs.get(path) != time}
+    assert changed == {stopped.parent, promised.parent}
 
 
 def test_a_study_without_new_studies_is_of_held_out_donors_alone(store, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(figures, "draw", lambda *given: [])
     flags = (*FLAGS, f"--config.data_path={store}", f"--config.log_dir={tmp_path / 'logs'}", "--config.seeds=(1,)")
     done(monkeypatch, capsys, *flags, "--config.new_studies=none", f"--out={tmp_path / 'out'}")
     assert set(pd.read_csv(tmp_path / "out" / "overall.csv")["split"]) == {"id"}

@@ -71,6 +71,7 @@ def load_comparison(paths: Sequence[Path], data_path: Path | None = None, baseli
         reachability=first.reachability,
         n_train=None if store is None else training_cells(store, _sub_sample(runs)),
         store=_store_title(runs, store),
+        ontology_release=None if store is None else store.side.about.get("ontology_release"),
         notes=(),
     )
     return dataclasses.replace(comparison, notes=(*notes(comparison, store), *left_out))

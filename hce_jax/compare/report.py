@@ -5,9 +5,9 @@ F1 are given in per cent and differences in points, with one decimal; the CSV fi
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,7 @@ from hce_jax import __version__
 from hce_jax.compare.figures import Figure
 from hce_jax.compare.numbers import MACRO_LABELLED, PUBLISHED, PUBLISHED_GAIN, Tables
 from hce_jax.compare.trained import Comparison
-from hce_jax.errors import UserError
 from hce_jax.evaluation.reports import decoder_name
-from hce_jax.store.schema import read_side_files
 
 #: How a report names the splits.
 SPLITS = {"id": "held-out donors (id)", "ood": "new studies (ood)"}
@@ -211,11 +209,12 @@ def _title(comparison: Comparison) -> str:
 
 def _findings(comparison: Comparison, tables: Tables) -> Iterator[str]:
     """Say in a sentence for each loss and split what macro F1 gains."""
-    for loss in comparison.losses[1:]:
-        for split in reversed(comparison.splits):
-            rows = _where(tables.overall, loss=loss, split=split, average="macro")
+    averages = {"macro": "macro F1", MACRO_LABELLED: "macro F1 over labelled types alone"}
+    for loss, split, average in itertools.product(comparison.losses[1:], reversed(comparison.splits), averages):
+        rows = _where(tables.overall, loss=loss, split=split, average=average)
+        if not rows.empty:
             gains = [f"{row['model']} {gain(row['difference'], row['low'], row['high'])}" for _, row in rows.iterrows()]
-            what = f"{loss} {MINUS} {comparison.losses[0]} in points of macro F1"
+            what = f"{loss} {MINUS} {comparison.losses[0]} in points of {averages[average]}"
             yield f"On {SPLITS[split]}, {what}: {_list(gains)}."
 
 
@@ -412,9 +411,8 @@ def _calibration(tables: Tables, pictures: _Pictures) -> Iterator[str]:
 
 def _making(comparison: Comparison) -> Iterator[str]:
     yield "## How it was made"
-    release = _ontology_release(comparison)
     yield (
-        f"hce_jax {__version__}; hierarchy of the Cell Ontology, release {release or 'not known'}; "
+        f"hce_jax {__version__}; hierarchy of the Cell Ontology, release {comparison.ontology_release or 'not known'}; "
         f"{_seeds(comparison)} ({_list(map(str, comparison.seeds))}) of each model with each loss. Of the "
         "configurations the main fields, and those in which the models differ:"
     )
@@ -440,13 +438,6 @@ def _recipe(comparison: Comparison, model: str) -> dict[str, str]:
     configs = [run.config for run in comparison.runs if run.model == model]
     names = dict.fromkeys(name for config in configs for name in config if name not in NO_RECIPE)
     return {name: ", ".join(dict.fromkeys(str(config.get(name, "")) for config in configs)) for name in names}
-
-
-def _ontology_release(comparison: Comparison) -> str | None:
-    """Return the release that the training store names, if it is there and names one."""
-    with suppress(UserError):
-        return read_side_files(Path(comparison.runs[0].config["data_path"])).about.get("ontology_release")
-    return None
 
 
 def _seeds(comparison: Comparison) -> str:

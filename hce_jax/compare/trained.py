@@ -65,6 +65,8 @@ class Comparison:
         Training cells of each type (c,); None where the store is not there.
     store
         Name of the training store, and that its cells are simulated if they are.
+    ontology_release
+        Of the Cell Ontology, which the training store names; None if it is not known.
     notes
         What a reader must know, a sentence or two each.
 
@@ -85,6 +87,7 @@ class Comparison:
     reachability: np.ndarray
     n_train: Int[np.ndarray, " c"] | None
     store: str
+    ontology_release: str | None
     notes: tuple[str, ...]
 
     def of(self, model: str, loss: str) -> list[TrainedRun]:

@@ -34,6 +34,8 @@ def training_store(runs: Sequence[TrainedRun], data_path: Path | None = None) ->
     >>> training_store(comparison.runs).side.title  # doctest: +SKIP
     'store'
     """
+    if data_path is not None and not data_path.is_dir():
+        raise StoreError(f"--data-path={data_path}: there is no such folder; name the store the runs were trained on")
     if data_path is not None:
         return _checked_store(data_path, runs[0])
     first_of: dict[Path, TrainedRun] = {}

@@ -50,6 +50,6 @@ def run(arguments: argparse.Namespace) -> None:
     except Preempted as told:
         say(str(told))
         return
-    with command.sigterm_as_ctrl_c():
+    with command.sigterm_as_ctrl_c("the same command goes on"):
         reproduce.evaluate_all(study)
         compare.write(runs, out)

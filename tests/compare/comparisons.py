@@ -137,5 +137,6 @@ def make_comparison(
         reachability=first.reachability,
         n_train=np.arange(1, n_types + 1) ** 2 * 100 if n_train else None,
         store="a store in memory",
+        ontology_release=None,
         notes=("The cells are made up.",),
     )
