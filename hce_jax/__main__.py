@@ -45,8 +45,8 @@ VERBS = {
     "new-studies": new_studies,
     "ontology": ontology,
     "find-lr": find_lr,
-    "compare": compare,
     "import-torch": import_torch,
+    "compare": compare,
     "reproduce": reproduce,
 }
 
