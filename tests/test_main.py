@@ -68,7 +68,7 @@ def test_convert_reports_what_it_did_and_what_comes_next(folder):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ((), "a verb is needed; there is annotate, build-store, convert, new-studies, ontology, find-lr, import-torch, co"),
+        ((), "new-studies, ontology, find-lr, import-torch, compare, reproduce (see python -m hce_jax --help)"),
         (("convert",), "required: SOURCE, DESTINATION; see python -m hce_jax convert --help"),
         (("convert", "merlin", "new", "--verifi"), "unrecognized arguments: --verifi; see python -m hce_jax convert"),
         (("convert", "merlin", "new", "--workers=some"), "--workers: invalid int value: 'some'; see"),
